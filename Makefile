@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` do everything on a fresh machine: set up a virtual environment in .venv with the pinned
+# versions of constraints.txt, and run. To use an environment of your own: `make test VENV=path/to/venv`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help quickstart test test-slow lint format benchmark clean
+
+help:
+	@echo "make quickstart   train, calibrate, prune, save and load a nano MAPEX on real Sentinel-1 + Sentinel-2 patches"
+	@echo "make test         run the tests;  make test-slow: also those of more than a minute"
+	@echo "make lint         check style;    make format: mend it"
+	@echo "make benchmark    speed side by side with transformers' ViT"
+	@echo "make clean        remove the environment, caches and outputs"
+
+# torch first and by itself: then nothing else chooses a build of it.
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,train,viz,demo,dev]"
+	@touch $@
+
+quickstart: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.ready
+	$(BIN)/python benchmarks/encoder.py
+
+clean:
+	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

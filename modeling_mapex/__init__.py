@@ -1,0 +1,33 @@
+"""MAPEX: a mixture of modality experts for multi-modal remote sensing, pruned to the modalities of a task in one call.
+
+An independent implementation following arXiv 2507.07527.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+
+from .configuration_mapex import MapexConfig
+from .masking_mapex import PretrainingNoise
+from .modeling_mapex import MapexForImageClassification, MapexForPreTraining, MapexModel, MapexPreTrainedModel
+from .pruning_mapex import PrunedCheckpoint
+from .sensors_mapex import SENSORS, Band, Sensor
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SENSORS",
+    "Band",
+    "MapexConfig",
+    "MapexForImageClassification",
+    "MapexForPreTraining",
+    "MapexModel",
+    "MapexPreTrainedModel",
+    "PretrainingNoise",
+    "PrunedCheckpoint",
+    "Sensor",
+]
+
+AutoConfig.register(MapexConfig.model_type, MapexConfig, exist_ok=True)
+AutoModel.register(MapexConfig, MapexModel, exist_ok=True)
+AutoModelForPreTraining.register(MapexConfig, MapexForPreTraining, exist_ok=True)
+AutoModelForImageClassification.register(MapexConfig, MapexForImageClassification, exist_ok=True)

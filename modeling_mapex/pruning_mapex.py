@@ -1,0 +1,378 @@
+"""Pruning by modality: from expert statistics to a plan (which experts each layer keeps), from the plan to a smaller
+configuration and its tensors. Pure functions of a configuration and a state dict, which they never change.
+"""
+
+import copy
+import random
+import re
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+
+from .configuration_mapex import CRITERIA
+from .sensors_mapex import select_bands
+
+
+class _ConfigAndWeights(NamedTuple):
+    config: Any
+    state_dict: dict[str, torch.Tensor]
+
+
+class PrunedCheckpoint(_ConfigAndWeights):
+    """What pruning returns: `config, state_dict = model.prune_for_modalities(...)`, with ways to make use of them.
+
+    Attributes:
+        config (`MapexConfig`): The smaller configuration, with the provenance in `config.pruning`.
+        state_dict (`dict[str, torch.Tensor]`): Its weights, sharing no memory with the source.
+        model_class (`type`): Class of the model that was pruned.
+    """
+
+    model_class: type | None = None
+
+    def build(self, model_class: type | None = None, **overrides):
+        """A model with these weights, in eval mode like one from `from_pretrained`.
+
+        Args:
+            model_class (`type`, *optional*):
+                Class to build; default the one that was pruned. Another head is newly initialised, with a warning.
+            overrides: Fields of the configuration to change, like `num_labels=10`, which makes a new head too.
+
+        Raises:
+            ValueError: an override that is no field of the configuration.
+        """
+        model_class = model_class or self.model_class
+        self.config.refuse_unknown_fields(overrides)
+        fields = self.config.to_dict()
+        if "num_labels" in overrides:  # names of other classes do not fit
+            fields = {key: value for key, value in fields.items() if key not in ("id2label", "label2id")}
+        config = type(self.config).from_dict({**fields, **overrides})
+        config._attn_implementation = self.config._attn_implementation
+        config._experts_implementation = self.config._experts_implementation
+        some_tensor = next(iter(self.state_dict.values()))
+        encoder = f"{model_class.base_model_prefix}."
+        has_head = any(key.startswith(encoder) for key in self.state_dict)
+        keeps_head = not has_head or config.num_labels == self.config.num_labels
+        # from_pretrained takes the tensors as they are: the model gets copies, and training it changes nothing here.
+        state_dict = {
+            key: tensor.clone() for key, tensor in self.state_dict.items() if keeps_head or key.startswith(encoder)
+        }
+        model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=some_tensor.dtype)
+        model.config._name_or_path = self.config._name_or_path
+        return model.to(some_tensor.device)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save as a standard checkpoint; arguments as `PreTrainedModel.save_pretrained`."""
+        return self.build().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Push as a standard checkpoint; arguments as `PreTrainedModel.push_to_hub`."""
+        return self.build().push_to_hub(repo_id, **kwargs)
+
+
+def prune(
+    config,
+    state_dict: dict[str, torch.Tensor],
+    modalities: list[str] | dict[str, list[str] | None],
+    *,
+    model_class: type,
+    revision: str | None = None,
+    coverage: float = 0.95,
+    experts_per_layer: int | list[int] | None = None,
+    criterion: str = "saliency",
+    seed: int = 0,
+) -> PrunedCheckpoint:
+    """Plan and slice; what `prune_for_modalities` documents. `config` and `state_dict` are those of the whole model,
+    `revision` is the commit it was loaded from.
+    """
+    bands = resolve_modalities(config, modalities)
+    expert_ids = plan_experts(
+        config, list(bands), coverage=coverage, experts_per_layer=experts_per_layer, criterion=criterion, seed=seed
+    )
+    pruned = prune_config(config, bands, expert_ids)
+    tensors = prune_state_dict(state_dict, config, pruned)
+    pruned.dtype = next(iter(tensors.values())).dtype
+    earlier = config.pruning or {}
+    before = sum(tensor.numel() for tensor in state_dict.values())
+    pruned.pruning = {
+        # Of the first model in a chain of prunings, so that pruning twice is the same as pruning once.
+        "source": earlier.get("source", config._name_or_path or None),
+        "revision": earlier.get("revision", revision),
+        "modalities": {name: list(spec["bands"]) for name, spec in pruned.modalities.items()},
+        "criterion": criterion,
+        "coverage": coverage if experts_per_layer is None else None,
+        "experts_per_layer": experts_per_layer,
+        "seed": seed if criterion == "random" else None,
+        "coverage_reached": reached_coverage(config, list(bands), expert_ids, criterion),
+        "parameters_before": earlier.get("parameters_before", before),
+        "parameters_after": sum(tensor.numel() for tensor in tensors.values()),
+    }
+    result = PrunedCheckpoint(pruned, tensors)
+    result.model_class = model_class
+    return result
+
+
+def resolve_modalities(config, modalities: list[str] | dict[str, list[str] | None]) -> dict[str, list[str]]:
+    """What to keep, as modality to bands, in the order of the configuration.
+
+    Raises:
+        TypeError: `modalities` is neither a list nor a mapping.
+        ValueError: nothing asked for, something asked for twice, or a modality or band that `config` does not have.
+    """
+    if isinstance(modalities, str) or not hasattr(modalities, "__iter__"):
+        raise TypeError(
+            "`modalities` must be a list of names or a mapping from name to bands, got "
+            f"{modalities!r}: use [{modalities!r}]."
+        )
+    if not isinstance(modalities, dict):
+        names = list(modalities)
+        if len(set(names)) != len(names):
+            raise ValueError(f"`modalities` names one twice: {names}.")
+        modalities = dict.fromkeys(names)
+    held = list(config.modalities)
+    if not modalities:
+        raise ValueError(f"`modalities` is empty: name at least one of {held}.")
+    unknown = [name for name in modalities if name not in config.modalities]
+    if unknown:
+        advice = "Load the unpruned model to keep others." if config.pruning else "Choose among these."
+        raise ValueError(f"Unknown modalities {unknown}. This checkpoint has {held}. {advice}")
+    result = {}
+    for name in held:
+        if name in modalities:
+            available = config.modalities[name]["bands"]
+            wanted = available if modalities[name] is None else modalities[name]
+            result[name] = [available[position] for position in select_bands(name, available, wanted)]
+    return result
+
+
+def plan_experts(
+    config,
+    modalities: list[str],
+    *,
+    coverage: float = 0.95,
+    experts_per_layer: int | list[int] | None = None,
+    criterion: str = "saliency",
+    seed: int = 0,
+) -> list[list[int]]:
+    """Original ids of the experts that each MoE layer should keep for `modalities`, from `config.expert_statistics`.
+
+    With `coverage`, each modality by itself chooses the fewest experts that cover so much of its mass, and the layer
+    keeps the union. A layer keeps the same experts whether modalities are dropped at once or one after the other; the
+    smallest set that serves all at once would not have that property.
+
+    Raises:
+        ValueError: an unknown criterion, numbers out of range, or a modality without statistics.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"Unknown criterion `{criterion}`. Available: {list(CRITERIA)}.")
+    _require_statistics(config, modalities, criterion)
+    counts = _requested_counts(config, experts_per_layer)
+    if counts is None and not 0.0 < coverage <= 1.0:
+        raise ValueError(f"`coverage` must lie in (0, 1], got {coverage}.")
+    if counts is not None and coverage != 0.95:
+        raise ValueError("Give either `coverage` or `experts_per_layer`, not both.")
+    if criterion == "random":
+        if counts is None:
+            saliency = plan_experts(config, modalities, coverage=coverage, criterion="saliency")
+            counts = [len(kept) for kept in saliency]
+        generator = random.Random(seed)
+        return [sorted(generator.sample(held, count)) for held, count in zip(config.expert_ids, counts)]
+
+    plan = []
+    for layer in range(len(config.expert_ids)):
+        if counts is not None:
+            kept = _best_of_size(config, modalities, criterion, layer, counts[layer])
+        else:
+            kept = set()
+            for modality in modalities:
+                kept |= set(_fewest_that_cover(config, modality, criterion, layer, coverage))
+        plan.append(sorted(kept))
+    return plan
+
+
+def _require_statistics(config, modalities: list[str], criterion: str) -> None:
+    statistics = config.expert_statistics or {}
+    if not config.routed_layers:
+        return  # nothing to choose
+    missing = [name for name in modalities if name not in statistics]
+    if missing:
+        raise ValueError(
+            f"No expert statistics for {missing} (there are some for {sorted(statistics) or 'none'}). Run "
+            "`model.calibrate_experts(batches)` on batches that hold these modalities, then prune."
+        )
+    if criterion == "exhaustive" and not all("subset_error" in statistics[name] for name in modalities):
+        raise ValueError(
+            '`criterion="exhaustive"` needs the error of every subset of experts. Run '
+            "`model.calibrate_experts(batches, subset_errors=True)`, then prune."
+        )
+
+
+def _requested_counts(config, experts_per_layer: int | list[int] | None) -> list[int] | None:
+    if experts_per_layer is None:
+        return None
+    held = [len(ids) for ids in config.expert_ids]
+    counts = [experts_per_layer] * len(held) if isinstance(experts_per_layer, int) else list(experts_per_layer)
+    if len(counts) != len(held):
+        raise ValueError(f"`experts_per_layer` needs one number per MoE layer ({len(held)}), got {counts}.")
+    for layer, count, available in zip(config.moe_layers, counts, held):
+        if not 1 <= count <= available:
+            raise ValueError(f"Block {layer} holds {available} experts; cannot keep {count} (`experts_per_layer`).")
+    return counts
+
+
+def kept_mass(config, modality: str, criterion: str, layer: int, kept: list[int]) -> float:
+    """Share, in [0, 1], of the mass of `modality` in MoE layer `layer` that the experts with ids `kept` hold, measured
+    against all experts of the unpruned model. For `"exhaustive"` it is the share of the layer's output energy that is
+    explained.
+    """
+    entry = config.expert_statistics[modality]
+    if criterion == "exhaustive":
+        errors = entry["subset_error"][layer]
+        if errors is None:
+            return 1.0  # the layer had one expert when it was measured
+        return 1.0 - errors[sum(1 << expert for expert in kept)] / max(errors[0], 1e-30)
+    masses = entry["saliency" if criterion == "random" else criterion][layer]
+    total = sum(masses)
+    return sum(masses[expert] for expert in kept) / total if total > 0 else 1.0
+
+
+def _ranked(config, modalities: list[str], criterion: str, layer: int) -> list[int]:
+    """Experts of the layer, the one with the highest mean share first; of equals the lower id."""
+    return sorted(
+        config.expert_ids[layer],
+        key=lambda expert: (-sum(kept_mass(config, name, criterion, layer, [expert]) for name in modalities), expert),
+    )
+
+
+def _fewest_that_cover(config, modality: str, criterion: str, layer: int, coverage: float) -> list[int]:
+    held = config.expert_ids[layer]
+    if len(held) == 1:
+        return held  # nothing to choose, and there need be no statistics
+    tolerance = 1e-9  # shares are sums of floats, and coverage=1.0 must be reachable
+    for count in range(1, len(held)):
+        best = _best_of_size(config, [modality], criterion, layer, count)
+        if kept_mass(config, modality, criterion, layer, best) >= coverage - tolerance:
+            return best
+    return held  # all, even where an earlier pruning left less than `coverage`
+
+
+def _best_of_size(config, modalities: list[str], criterion: str, layer: int, count: int) -> list[int]:
+    if count == len(config.expert_ids[layer]):
+        return config.expert_ids[layer]
+    if criterion != "exhaustive":
+        return _ranked(config, modalities, criterion, layer)[:count]
+    return list(
+        max(
+            combinations(config.expert_ids[layer], count),
+            key=lambda kept: sum(kept_mass(config, name, criterion, layer, list(kept)) for name in modalities),
+        )
+    )
+
+
+def reached_coverage(
+    config, modalities: list[str], expert_ids: list[list[int]], criterion: str
+) -> dict[str, list[float]] | None:
+    """Per kept modality and MoE layer the share of the mass that `expert_ids` cover, by `criterion` (by saliency for
+    `"random"`). `None` if there is nothing to measure it by.
+    """
+    statistics = config.expert_statistics or {}
+    needed = "subset_error" if criterion == "exhaustive" else "saliency"
+    if not all(needed in statistics.get(name, ()) for name in modalities):
+        return None
+    return {
+        name: [round(kept_mass(config, name, criterion, layer, kept), 6) for layer, kept in enumerate(expert_ids)]
+        for name in modalities
+    }
+
+
+def prune_config(config, bands: dict[str, list[str]], expert_ids: list[list[int]]):
+    """The configuration of the pruned model.
+
+    Args:
+        config (`MapexConfig`): Of the source.
+        bands (`dict[str, list[str]]`): Modalities to keep and their bands, from [`resolve_modalities`].
+        expert_ids (`list[list[int]]`): Original ids of the experts to keep, from [`plan_experts`].
+    """
+    pruned = copy.deepcopy(config)
+    pruned.modalities = {name: _slice_spec(name, config.modalities[name], kept) for name, kept in bands.items()}
+    pruned.expert_ids = [list(kept) for kept in expert_ids]
+    if config.expert_statistics is not None:
+        pruned.expert_statistics = {
+            name: entry for name, entry in copy.deepcopy(config.expert_statistics).items() if name in bands
+        }
+    pruned.validate()
+    return pruned
+
+
+def _slice_spec(name: str, spec: dict[str, Any], bands: list[str]) -> dict[str, Any]:
+    positions = select_bands(name, spec["bands"], bands)
+    sliced = copy.deepcopy(spec)
+    sliced["bands"] = list(bands)
+    for key in ("mean", "std"):
+        if spec.get(key) is not None:
+            sliced[key] = [spec[key][position] for position in positions]
+    if spec.get("target_groups") is not None:
+        groups = [[band for band in group if band in bands] for group in spec["target_groups"]]
+        sliced["target_groups"] = [group for group in groups if group]
+    return sliced
+
+
+def prune_state_dict(state_dict: dict[str, torch.Tensor], config, pruned) -> dict[str, torch.Tensor]:
+    """The tensors of the pruned model, cut from those of the source; every one a copy.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): Of the source, experts stacked as in memory.
+        config, pruned (`MapexConfig`): Of the source and of the result.
+    """
+    result = {}
+    for key, tensor in state_dict.items():
+        sliced = prune_tensor(key, tensor, config, pruned)
+        if sliced is not None:
+            new_key, values = sliced
+            result[new_key] = values.detach().clone(memory_format=torch.contiguous_format)
+    return result
+
+
+_MODALITY_KEY = re.compile(r"(?:^|\.)(patch_embeddings|heads)\.([A-Za-z0-9_]+)\.")
+_MIXTURE_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(\w+)$")
+
+
+def prune_tensor(key: str, tensor: torch.Tensor, config, pruned) -> tuple[str, torch.Tensor] | None:
+    """What becomes of one tensor of the source model: its new name and the part that is kept, or `None` if it goes.
+
+    The rules, by name: patch embeddings and decoder heads of a modality go or stay with it, cut to its bands; rows of
+    modality embeddings follow the modalities; rows of router and experts follow the expert ids; a layer left with one
+    expert has no router and a plain MLP; everything else stays.
+    """
+    modality_rows = [list(config.modalities).index(name) for name in pruned.modalities]
+    found = _MODALITY_KEY.search(key)
+    if found:
+        kind, name = found.groups()
+        if name not in pruned.modalities:
+            return None
+        positions = select_bands(name, config.modalities[name]["bands"], pruned.modalities[name]["bands"])
+        if kind == "patch_embeddings":
+            return key, tensor[:, positions] if tensor.ndim == 4 else tensor  # weight (D, C, p, p), bias (D,)
+        per_band = tensor.unflatten(0, (len(config.modalities[name]["bands"]), -1))  # head: (C * P, ...)
+        return key, per_band[positions].flatten(0, 1)
+    if key.endswith("modality_embeddings.weight"):
+        return key, tensor[modality_rows]
+    found = _MIXTURE_KEY.search(key)
+    if not found:
+        return key, tensor
+    block, part, name = int(found.group(1)), found.group(2), found.group(3)
+    layer = config.moe_layers.index(block)
+    held, kept = config.expert_ids[layer], pruned.expert_ids[layer]
+    rows = [held.index(expert) for expert in kept]
+    if part == "experts":
+        if len(rows) > 1:
+            return key, tensor[rows]
+        plain = f"{name.removesuffix('_bias')}.{'bias' if name.endswith('_bias') else 'weight'}"
+        return key.replace(f"mlp.experts.{name}", f"mlp.{plain}"), tensor[rows[0]]
+    if len(rows) == 1:
+        return None
+    if name == "weight":
+        return key, tensor[rows]
+    if name == "modality_shift":
+        return key, tensor[modality_rows]
+    return key, tensor[modality_rows][:, rows]  # modality_bias

@@ -1,0 +1,96 @@
+"""The README's main command on its real patches, cut short; and the pictures."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize, tiny_config, tiny_inputs
+
+from modeling_mapex import MapexForPreTraining, MapexModel
+from modeling_mapex.visualization_mapex import display_bands, plot_reconstruction, plot_routing
+
+
+pytest.importorskip("matplotlib", reason="pictures need the extra `viz`")
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    pytest.importorskip("rasterio", reason="the quickstart needs the extra `demo`")
+    specification = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["quickstart"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_runs(quickstart, tmp_path, capsys):
+    pytest.importorskip("bigearthnet_common", reason="the quickstart needs the extra `demo`")
+    options = {"steps": 4, "batch_size": 4, "crop": 32, "experts_per_layer": 1}
+    quickstart.main(quickstart.Arguments(output_dir=str(tmp_path), **options))
+    printed = capsys.readouterr().out
+    assert "6 BigEarthNet patches of 1.2 km: 5 to train on" in printed
+    for row in ("modalities", "encoder parameters", "weights on disk", "ms per chip", "error on held-out"):
+        assert row in printed
+    small = MapexModel.from_pretrained(tmp_path / "mapex-nano-s1")
+    assert list(small.config.modalities) == ["s1"] and small.config.num_layer_experts == [1] * 6
+    for name in ("reconstruction.png", "routing.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_refuses_bad_options_and_files(quickstart, tmp_path):
+    with pytest.raises(SystemExit, match="--prune_for must be one of"):
+        quickstart.main(quickstart.Arguments(output_dir=str(tmp_path), prune_for="s3"))
+    with pytest.raises(SystemExit, match="--crop must be a multiple of 8"):
+        quickstart.main(quickstart.Arguments(output_dir=str(tmp_path), crop=21))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="Choose another place with --output_dir"):
+        quickstart.main(quickstart.Arguments(output_dir=str(tmp_path / "file")))
+    pairs = quickstart.extract_patches(tmp_path)
+    broken = next(pairs[0][0].glob("*_VV.tif"))
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(SystemExit, match=r"Cannot read .*_VV\.tif"):
+        quickstart.read_patch(pairs[0][0], ["VV"])
+
+
+def test_patches_are_read_as_they_are(quickstart, tmp_path):
+    """Bands of 10 m pixel by pixel, bands of 20 m resampled to the same grid."""
+    import rasterio
+
+    s1, s2 = quickstart.extract_patches(tmp_path)[0]
+    patch = quickstart.read_patch(s2, ["B04", "B05"])
+    with rasterio.open(s2 / f"{s2.name}_B04.tif") as raster:
+        assert (patch[0] == raster.read(1)).all()
+    with rasterio.open(s2 / f"{s2.name}_B05.tif") as raster:
+        assert abs(patch[1].mean() - raster.read(1).mean()) < 2.0
+    assert quickstart.read_patch(s1, ["VV", "VH"]).shape == (2, 120, 120)
+
+
+def test_plots_name_what_they_show():
+    model = randomize(MapexForPreTraining(tiny_config()))
+    pixel_values = tiny_inputs()
+    outputs = model(pixel_values)
+    figure = plot_reconstruction(
+        model.config, pixel_values, model.reconstruct(pixel_values, outputs), outputs.hidden_patches, sample=1
+    )
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 9 and titles[0] == "height: elevation"
+    shown = int((~outputs.hidden_patches["optical"][1]).sum())
+    assert titles[4] == f"visible: {shown} of 24 patches"
+
+    statistics = model.calibrate_experts([{"pixel_values": pixel_values}])
+    figure = plot_routing(statistics, model.config.moe_layers, kept=[[0], [1, 2]], criterion="usage")
+    panels = [axis for axis in figure.axes if axis.get_title().startswith("block")]
+    assert [axis.get_title() for axis in panels] == ["block 1", "block 3"]
+    share = torch.tensor(statistics["optical"]["usage"][0])
+    cells = [text.get_text() for text in panels[0].texts[4:8]]
+    assert cells == [f"{value:.0f}" for value in (100 * share / share.sum()).tolist()]
+    assert [len(axis.patches) for axis in panels] == [1, 2]
+
+
+def test_display_bands():
+    assert display_bands("s2", ["B02", "B03", "B04", "B08"]) == [2, 1, 0]
+    assert display_bands("s2", ["B08", "B11"]) == [0]
+    assert display_bands("my_sensor", ["a", "b"]) == [0]

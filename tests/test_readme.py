@@ -1,0 +1,37 @@
+"""Every Python snippet of the README runs, in order, as a reader would paste them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+README = Path(__file__).parents[1] / "README.md"
+SHAPE = re.compile(r"^(?P<expression>\S+\.shape)  # (?P<shape>\([^)]*\))", re.MULTILINE)
+
+
+def test_snippets_run_and_shapes_are_as_written(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate", reason="the fine-tuning snippet needs the extra `train`")
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(snippets) >= 5
+    names: dict = {}
+    checked = 0
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+        for found in SHAPE.finditer(snippet):
+            assert tuple(eval(found["expression"], names)) == eval(found["shape"]), found[0]
+            checked += 1
+    assert checked >= 3
+
+
+def test_pictures_and_files_exist():
+    text = README.read_text()
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text) + re.findall(
+        r"`((?:tests|examples|benchmarks)/[^`]+)`", text
+    ):
+        assert (README.parent / path).exists(), path
+    assert "<!--" not in text, "a placeholder is left"
+    makefile = (README.parent / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", text)):
+        assert f"\n{target}:" in makefile, target
