@@ -3,9 +3,16 @@
 An independent implementation following arXiv 2507.07527.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
 
 from .configuration_mapex import MapexConfig
+from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, terrain_slope
 from .masking_mapex import PretrainingNoise
 from .modeling_mapex import MapexForImageClassification, MapexForPreTraining, MapexModel, MapexPreTrainedModel
 from .pruning_mapex import PrunedCheckpoint
@@ -17,17 +24,21 @@ __version__ = "0.1.0"
 __all__ = [
     "SENSORS",
     "Band",
+    "MapexBatchFeature",
     "MapexConfig",
     "MapexForImageClassification",
     "MapexForPreTraining",
+    "MapexImageProcessor",
     "MapexModel",
     "MapexPreTrainedModel",
     "PretrainingNoise",
     "PrunedCheckpoint",
     "Sensor",
+    "terrain_slope",
 ]
 
 AutoConfig.register(MapexConfig.model_type, MapexConfig, exist_ok=True)
 AutoModel.register(MapexConfig, MapexModel, exist_ok=True)
 AutoModelForPreTraining.register(MapexConfig, MapexForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(MapexConfig, MapexForImageClassification, exist_ok=True)
+AutoImageProcessor.register(MapexConfig, slow_image_processor_class=MapexImageProcessor, exist_ok=True)

@@ -38,6 +38,7 @@ CRITERIA = ("saliency", "usage", "gate", "exhaustive", "random")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mapex.MapexConfig",
+    "AutoImageProcessor": "image_processing_mapex.MapexImageProcessor",
     "AutoModel": "modeling_mapex.MapexModel",
     "AutoModelForPreTraining": "modeling_mapex.MapexForPreTraining",
     "AutoModelForImageClassification": "modeling_mapex.MapexForImageClassification",
@@ -49,7 +50,18 @@ _LIBRARY_KEYS = {
     *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config"),
     *("torch_dtype", "use_cache"),
 }
-_MODALITY_KEYS = {"bands", "gsd", "patch_size", "target_groups", "unit", "mean", "std"}
+PER_BAND_KEYS = ("mean", "std", "clip", "codes")  # lists with one entry a band, which follow a choice of bands
+_MODALITY_KEYS = {
+    "bands",
+    "gsd",
+    "patch_size",
+    "target_groups",
+    "unit",
+    "nodata",
+    "dn_scale",
+    "dn_offset",
+    *PER_BAND_KEYS,
+}
 _GROUPED_MM_MULTIPLE = 8  # grouped_mm needs rows of 16 bytes: 8 elements in bf16
 
 
@@ -62,8 +74,9 @@ class MapexConfig(PreTrainedConfig):
             The inputs, by name: `{"s1": {"bands": ["VV", "VH"], "gsd": 10.0, "patch_size": 16}}`. `bands` are the
             channels in order, `gsd` is the default ground sampling distance in metres per pixel, `patch_size` is in
             pixels. Optional keys: `target_groups` (lists of bands whose pretraining targets are normalised together;
-            default all), `unit`, `mean` and `std` (one float per band). Kept in alphabetical order, which is the order
-            of their tokens. Default: s1, s2, rgb, dem of the registry.
+            default all), and what `MapexImageProcessor` needs: `unit`, `mean`, `std`, `clip`, `nodata`, `dn_scale`,
+            `dn_offset`, `codes`, as `modality_spec` describes them. Kept in alphabetical order, which is the order of
+            their tokens. Default: s1, s2, rgb, dem of the registry.
         hidden_size (`int`), num_hidden_layers (`int`), num_attention_heads (`int`):
             Dimensions of the encoder.
         intermediate_size (`int`, *optional*):
@@ -416,7 +429,7 @@ class MapexConfig(PreTrainedConfig):
             groups = spec.get("target_groups")
             if groups is not None and sorted(band for group in groups for band in group) != sorted(bands):
                 raise ValueError(f"`target_groups` of modality `{name}` must hold each of {bands} once, got {groups}.")
-            for key in ("mean", "std"):
+            for key in PER_BAND_KEYS:
                 if spec.get(key) is not None and len(spec[key]) != len(bands):
                     raise ValueError(
                         f"`{key}` of modality `{name}` needs {len(bands)} values, one a band, got {len(spec[key])}."

@@ -4,6 +4,7 @@ methods that calibrate and prune it. Experts and attention stay in this file bec
 module of the `PreTrainedModel`; what has no weights lives in the sibling modules.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -571,8 +572,13 @@ class MapexPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`. The code travels with the weights, so the saved configuration refers
         to the copy beside it, also when this model was itself loaded from a repository with code. Weights are written
-        one key per expert, also when this model was loaded from a file that had them stacked.
+        one key per expert, also when this model was loaded from a file that had them stacked. The image processor
+        is saved beside them if the configuration has the statistics of all modalities.
         """
+        from .image_processing_mapex import save_image_processor  # stands right of this module, hence imported here
+
+        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+            save_image_processor(self.config, save_directory)
         self.config.auto_map = dict(AUTO_MAP)
         self._weight_conversions = None  # else transformers repeats the layout of the file it was loaded from
         return super().save_pretrained(save_directory, *args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .configuration_mapex import CRITERIA
+from .configuration_mapex import CRITERIA, PER_BAND_KEYS
 from .sensors_mapex import select_bands
 
 
@@ -308,7 +308,7 @@ def _slice_spec(name: str, spec: dict[str, Any], bands: list[str]) -> dict[str, 
     positions = select_bands(name, spec["bands"], bands)
     sliced = copy.deepcopy(spec)
     sliced["bands"] = list(bands)
-    for key in ("mean", "std"):
+    for key in PER_BAND_KEYS:
         if spec.get(key) is not None:
             sliced[key] = [spec[key][position] for position in positions]
     if spec.get("target_groups") is not None:

@@ -145,11 +145,16 @@ def token_layout(
             for mask, count in zip(masks, counts)
         ]
         token_mask = torch.cat(masks, dim=1)
-        if not torch.compiler.is_compiling() and not token_mask.any(dim=1).all():
-            empty = (~token_mask.any(dim=1)).nonzero().flatten().tolist()
-            raise ValueError(
-                f"Samples {empty} of the batch have no modality and no valid pixel at all. Leave them out of the batch."
-            )
+        if not torch.compiler.is_compiling():
+            fewest = int(token_mask.sum(dim=1).min())
+            if fewest == 0:
+                empty = (~token_mask.any(dim=1)).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"Samples {empty} of the batch have no modality and no valid pixel at all. Leave them out of the "
+                    "batch."
+                )
+            if fewest == token_mask.shape[1]:
+                token_mask = None  # all are there: attention is faster without a mask
     return TokenLayout(grids, torch.cat(ids), token_mask)
 
 

@@ -138,3 +138,68 @@ def plot_routing(
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
+
+
+def plot_samples(samples: list[dict[str, Any]], labels: dict[str, dict[str, Any]] | None = None):
+    """A sheet of samples of shards: one a row, one modality or label map a column, as stored.
+
+    Args:
+        samples (`list[dict]`): As from `ShardSchema.decode`.
+        labels (`dict[str, dict]`, *optional*): `ShardSchema.labels`, for the names of classes.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    from matplotlib.figure import Figure
+
+    labels = labels or {}
+    maps = [name for name, spec in labels.items() if spec["kind"] in ("mask", "map")]
+    columns = [*samples[0]["images"], *maps]
+    figure = Figure(figsize=(1.9 * len(columns) + 0.3, 2.15 * len(samples)), layout="constrained")
+    axes = figure.subplots(len(samples), len(columns), squeeze=False)
+    for row, sample in zip(axes, samples):
+        for axis, name in zip(row, columns):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            layer = sample["labels"].get(name) if name in maps else sample["images"][name]
+            if layer is None:
+                axis.text(0.5, 0.5, "missing", ha="center", va="center", fontsize=8, color="#888888")
+            elif name in maps:
+                mask = labels[name]["kind"] == "mask"
+                axis.imshow(layer, cmap="tab20" if mask else "viridis", interpolation="nearest")
+            else:
+                axis.imshow(_stored_picture(sample["sensors"][name], name, layer), interpolation="nearest")
+        row[0].set_ylabel(sample["id"][-24:], fontsize=6)
+        words = [_label_text(labels[name], sample["labels"][name]) for name in labels if name not in maps]
+        if words:
+            row[-1].set_xlabel("; ".join(words)[:60], fontsize=6)
+    for axis, name in zip(axes[0], columns):
+        sensor = sample["sensors"].get(name)
+        shown = ""
+        if sensor is not None and sensor["unit"] != "class":
+            shown = "\n" + ", ".join(sensor["bands"][index] for index in _stored_bands(sensor, name))
+        axis.set_title(f"{name}{shown}", fontsize=8)
+    return figure
+
+
+def _stored_bands(sensor: dict[str, Any], name: str) -> list[int]:
+    return display_bands(sensor.get("sensor", name), sensor["bands"])
+
+
+def _stored_picture(sensor: dict[str, Any], name: str, pixels: np.ndarray) -> np.ndarray:
+    if sensor["unit"] == "class":
+        return pixels[0]
+    values = torch.from_numpy(pixels.astype(np.float32))
+    for sentinel in np.atleast_1d(sensor.get("nodata", [])):
+        values[values == sentinel] = torch.nan
+    positions = _stored_bands(sensor, name)
+    limits = stretch_limits(values, positions)
+    return np.nan_to_num(to_picture(values, positions, limits), nan=0.85)
+
+
+def _label_text(spec: dict[str, Any], value: Any) -> str:
+    if value is None:
+        return "no label"
+    if spec["kind"] == "class":
+        return spec["names"][value]
+    return ", ".join(name for name, there in zip(spec["names"], value) if there)

@@ -115,6 +115,7 @@ def test_order_of_modalities_is_kept(tmp_path):
 def test_auto_map_is_complete():
     assert set(tiny_config().to_dict()["auto_map"]) == {
         "AutoConfig",
+        "AutoImageProcessor",
         "AutoModel",
         "AutoModelForPreTraining",
         "AutoModelForImageClassification",

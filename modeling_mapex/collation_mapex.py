@@ -1,0 +1,151 @@
+"""`MapexCollator`: from samples of shards, augmented on the way, to a normalised batch for a model."""
+
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+
+from .augmentation_mapex import drop_bands, drop_modalities, random_crop, random_flip
+from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor
+
+
+class MapexCollator:
+    """Collates samples of shards, which may lack modalities and come from data sets with different bands and units, to
+    a batch for a MAPEX model. For a `DataLoader`, `Trainer` or Accelerate.
+
+    What is random depends on the seed, the epoch and the id of each sample only: not on workers or the order of the
+    samples, and the same after a resume.
+
+    Args:
+        processor ([`MapexImageProcessor`]): Of the model.
+        label (`str`, *optional*): The label to put into the batch as `labels`: a class as int64 `(batch,)`, several as
+            float32 `(batch, classes)`, a mask as int64 `(batch, height, width)`, a map as float32 of that shape.
+        crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer.
+        flip (`bool`): Mirror and turn samples.
+        modality_dropout (`float`): Probability of leaving out a modality.
+        band_dropout (`float`): Probability of replacing a band by its mean.
+        seed (`int`): Of all that is random.
+
+    Raises (when called):
+        ValueError: a sample lacks the label, samples differ in size or resolution, or the processor refuses the values.
+    """
+
+    def __init__(
+        self,
+        processor: MapexImageProcessor,
+        *,
+        label: str | None = None,
+        crop_size: int | None = None,
+        flip: bool = False,
+        modality_dropout: float = 0.0,
+        band_dropout: float = 0.0,
+        seed: int = 0,
+    ):
+        self.processor = processor
+        self.label = label
+        self.crop_size = crop_size
+        self.flip = flip
+        self.modality_dropout = modality_dropout
+        self.band_dropout = band_dropout
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that are already running
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops, flips and dropouts than in earlier epochs."""
+        self._epoch.fill_(epoch)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
+        samples = [self._augment(sample) for sample in samples]
+        groups: dict[tuple, list[int]] = {}
+        for index, sample in enumerate(samples):
+            groups.setdefault(_description(sample), []).append(index)
+        parts = [(indices, self._process([samples[index] for index in indices])) for indices in groups.values()]
+        batch = parts[0][1] if len(parts) == 1 else _merge(parts, len(samples))
+        if self.band_dropout:
+            content = "\n".join(sample["id"] for sample in samples)
+            batch["pixel_values"] = drop_bands(batch["pixel_values"], self.band_dropout, self._generator(content))
+        if self.label is not None:
+            batch["labels"] = self._labels(samples)
+        return batch
+
+    def _generator(self, content: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{int(self._epoch)}-{content}".encode()))
+
+    def _augment(self, sample: dict[str, Any]) -> dict[str, Any]:
+        generator = self._generator(sample["id"])
+        if self.crop_size is not None:
+            sample = random_crop(sample, self.crop_size, generator)
+        if self.flip:
+            sample = random_flip(sample, generator)
+        if self.modality_dropout:
+            sample = drop_modalities(sample, self.modality_dropout, generator)
+        return sample
+
+    def _process(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
+        """Samples of one description."""
+        options: dict[str, dict[str, Any]] = {key: {} for key in ("bands", "units", "gsd", "nodata", "dn_offset")}
+        images = {}
+        for name, sensor in samples[0]["sensors"].items():
+            layers = [sample["images"][name] for sample in samples]
+            if all(layer is None for layer in layers):
+                continue
+            images[name] = layers
+            options["units"][name] = sensor["unit"]
+            options["gsd"][name] = [sample["gsd"][name] for sample, layer in zip(samples, layers) if layer is not None]
+            if sensor["unit"] != "class":
+                options["bands"][name] = sensor["bands"]
+            for key in ("nodata", "dn_offset"):
+                if sensor.get(key) is not None:
+                    options[key][name] = sensor[key]
+        return self.processor(images, **options)
+
+    def _labels(self, samples: list[dict[str, Any]]) -> torch.Tensor:
+        values = []
+        for sample in samples:
+            labels = sample["labels"]
+            if labels.get(self.label) is None:
+                there = [name for name, value in labels.items() if value is not None]
+                raise ValueError(
+                    f"Sample `{sample['id']}` has no label `{self.label}`, only {there}. Filter such samples out, or "
+                    "choose another `label`."
+                )
+            values.append(np.asarray(labels[self.label]))
+        shapes = {value.shape for value in values}
+        if len(shapes) > 1:
+            raise ValueError(f"The labels `{self.label}` differ in shape: {sorted(shapes)}. Set `crop_size`.")
+        stacked = torch.from_numpy(np.stack(values).astype(_label_dtype(values[0])))
+        return stacked
+
+
+def _label_dtype(value: np.ndarray) -> type:
+    # One value is a class; a list of 0 and 1 are targets of a binary cross-entropy, which are floats; whole numbers per
+    # pixel are classes again, and fractions values.
+    return np.float32 if value.ndim == 1 or value.dtype.kind == "f" else np.int64
+
+
+def _description(sample: dict[str, Any]) -> tuple:
+    """What the processor must be told, so that samples of one description go through it together."""
+    return tuple((name, repr(sensor)) for name, sensor in sorted(sample["sensors"].items()))
+
+
+def _merge(parts: list[tuple[list[int], MapexBatchFeature]], batch_size: int) -> MapexBatchFeature:
+    """One batch of several, each with the positions of its samples."""
+    merged: dict[str, dict[str, Any]] = {"pixel_values": {}, "modality_mask": {}, "valid_mask": {}, "gsd": {}}
+    for indices, part in parts:
+        for name, pixels in part["pixel_values"].items():
+            if name not in merged["pixel_values"]:
+                merged["pixel_values"][name] = pixels.new_zeros(batch_size, *pixels.shape[1:])
+                merged["modality_mask"][name] = torch.zeros(batch_size, dtype=torch.bool)
+                merged["valid_mask"][name] = torch.zeros(batch_size, *pixels.shape[2:], dtype=torch.bool)
+                merged["gsd"][name] = part["gsd"][name]
+            whole = merged["pixel_values"][name]
+            if whole.shape[1:] != pixels.shape[1:] or abs(merged["gsd"][name] / part["gsd"][name] - 1) > 0.02:
+                raise ValueError(
+                    f"`{name}` comes with {tuple(whole.shape[2:])} pixels of {merged['gsd'][name]:g} m and with "
+                    f"{tuple(pixels.shape[2:])} of {part['gsd'][name]:g} m. A batch holds one size and resolution per "
+                    "modality: set `crop_size`, or batch the data sets apart."
+                )
+            for key in ("pixel_values", "modality_mask", "valid_mask"):
+                merged[key][name][indices] = part[key][name]
+    return MapexBatchFeature(merged)

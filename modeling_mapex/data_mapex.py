@@ -1,0 +1,209 @@
+"""Reading shards with `datasets`: map-style and streaming, from a folder or the Hub, split by process and worker."""
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from .shards_mapex import ShardSchema, shard_files
+
+
+def _locate(source: str | os.PathLike, split: str, revision: str | None, token: str | None) -> list[str]:
+    """Paths of the shards for `datasets`: of a local folder, or in a data set repository on the Hub."""
+    if Path(source).is_dir():
+        return [str(path) for path in shard_files(source, split)]
+    if not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} is neither a folder nor the id of a data set on the Hub (`owner/name`).")
+    from huggingface_hub import HfFileSystem
+
+    pattern = f"datasets/{source}{f'@{revision}' if revision else ''}/**/{split}-*-of-*.parquet"
+    found = sorted(HfFileSystem(token=token).glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"No shards of the split `{split}` in the data set `{source}` on the Hub.")
+    return [f"hf://{path}" for path in found]
+
+
+def read_schema(
+    source: str | os.PathLike, split: str = "train", *, revision: str | None = None, token: str | None = None
+) -> ShardSchema:
+    """What the shards of a split hold.
+
+    Args:
+        source (`str`): A folder, or the id of a data set on the Hub.
+        split (`str`): Name of the split.
+        revision, token (`str`, *optional*): For the Hub.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: they are not of MAPEX, of an unknown version, or differ in what they hold.
+    """
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schemas = {}
+    for path in _locate(source, split, revision, token):
+        options = {"token": token} if path.startswith("hf://") else {}
+        with fsspec.open(path, "rb", **options) as file:
+            try:
+                schemas[path] = ShardSchema.from_arrow(pq.read_schema(file), path)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path} is damaged: {error}. Convert it again, or download it again.") from error
+    first, *others = schemas
+    for path in others:
+        if schemas[path] != schemas[first]:
+            raise ValueError(f"{path} and {first} differ in what they hold: they are no shards of one data set.")
+    return schemas[first]
+
+
+def load_shards(
+    source: str | os.PathLike,
+    split: str = "train",
+    *,
+    modalities: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+):
+    """The samples of a split as a `datasets.Dataset`, with random access; each as [`ShardSchema.decode`] gives it.
+
+    `datasets` copies the shards once into its cache, where they are read by memory mapping. Where they are too many for
+    that, use [`stream_shards`].
+
+    Args:
+        source (`str`): A folder, or the id of a data set on the Hub.
+        split (`str`): Name of the split.
+        modalities, labels (`Sequence[str]`, *optional*): Which to read. Default: all.
+        revision, token (`str`, *optional*): For the Hub.
+        cache_dir (`str`, *optional*): Of `datasets`.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`read_schema`], or an unknown modality or label.
+    """
+    from datasets import load_dataset
+
+    schema = read_schema(source, split, revision=revision, token=token).select(modalities, labels)
+    dataset = load_dataset(
+        "parquet",
+        data_files={split: _locate(source, split, revision, token)},
+        split=split,
+        columns=schema.to_arrow().names,
+        token=token,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+    return dataset.with_transform(schema.decode_batch)
+
+
+def stream_shards(
+    source: str | os.PathLike,
+    split: str = "train",
+    *,
+    modalities: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int | None = None,
+    window: int = 256,
+    rank: int = 0,
+    world_size: int = 1,
+    revision: str | None = None,
+    token: str | None = None,
+) -> "ShardStream":
+    """The samples of a split one after another, without a copy on disk; each as [`ShardSchema.decode`] gives it.
+
+    Args:
+        source, split, modalities, labels, revision, token: As for [`load_shards`].
+        seed (`int`, *optional*): Shuffles the order of the shards and the samples within windows, differently in each
+            epoch. Default: in the order they were written.
+        window (`int`): So many samples are shuffled among themselves, and held in memory.
+        rank, world_size (`int`): Which share of the samples this process sees. Whole shards if their number is a
+            multiple of `world_size`; otherwise each process reads all and keeps its share. Do not let Accelerate split
+            the loader again.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`load_shards`].
+    """
+    from datasets import load_dataset
+    from datasets.distributed import split_dataset_by_node
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    schema = read_schema(source, split, revision=revision, token=token).select(modalities, labels)
+    files = _locate(source, split, revision, token)
+    if seed is not None:  # the first epoch's order; `datasets` draws another one for each that follows
+        files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
+    dataset = load_dataset(
+        "parquet",
+        data_files={split: files},
+        split=split,
+        streaming=True,
+        columns=schema.to_arrow().names,
+        # Buffering ahead, the default, ends up with the whole shard in memory.
+        fragment_scan_options=ParquetFragmentScanOptions(pre_buffer=False),
+        token=token,
+    )
+    if world_size > 1:
+        dataset = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
+    return ShardStream(dataset, schema, seed, window)
+
+
+class _Window:
+    """Permutes the samples of a window, by seed, epoch and what is in the window: the same again after a resume, which
+    a shuffle buffer is not. Without a seed it leaves them as they are; a window is also the unit that is read fastest.
+    """
+
+    def __init__(self, seed: int | None):
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that are already running
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        if self.seed is None:
+            return rows
+        content = zlib.crc32("\n".join(rows["id"]).encode())
+        order = np.random.default_rng([self.seed, int(self.epoch), content]).permutation(len(rows["id"]))
+        return {name: [column[index] for index in order] for name, column in rows.items()}
+
+
+class ShardStream(IterableDataset):
+    """Samples of a split in a stream, for a `DataLoader`: split by process and worker, shuffled, resumable.
+
+    `state_dict` and `load_state_dict` resume at the very next sample, shuffled or not. With workers, take
+    `torchdata.stateful_dataloader.StatefulDataLoader`, which asks each worker for its own.
+
+    Args:
+        dataset (`datasets.IterableDataset`): Rows of shards, this process's share.
+        schema (`ShardSchema`): What they hold.
+        seed (`int`, *optional*): Shuffles.
+        window (`int`): So many samples are shuffled among themselves.
+    """
+
+    def __init__(self, dataset, schema: ShardSchema, seed: int | None = None, window: int = 256):
+        self.schema = schema
+        self.window = _Window(seed)
+        self.dataset = dataset.map(self.window, batched=True, batch_size=window)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for row in self.dataset:
+            yield self.schema.decode(row)
+
+    @property
+    def num_shards(self) -> int:
+        """More workers than this have nothing to do."""
+        return self.dataset.num_shards
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; takes effect when it begins."""
+        self.dataset.set_epoch(epoch)
+        self.window.epoch.fill_(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is: plain data."""
+        return {"epoch": self.dataset.epoch, "stream": self.dataset.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from [`ShardStream.state_dict`] when next iterated."""
+        self.set_epoch(state["epoch"])
+        self.dataset.load_state_dict(state["stream"])

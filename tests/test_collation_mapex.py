@@ -1,0 +1,180 @@
+"""The collator: what samples become in a batch depends on nothing but themselves, the seed and the epoch."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from shard_samples import SCHEMA, items, make_sample, read
+
+from modeling_mapex import MapexConfig, MapexForImageClassification, MapexForPreTraining, MapexImageProcessor
+from modeling_mapex.collation_mapex import MapexCollator
+
+
+CONFIG = {
+    "modalities": {
+        "s1": {
+            "bands": ["VV", "VH"],
+            "gsd": 10.0,
+            "patch_size": 4,
+            "unit": "db",
+            "mean": [-12.0, -19.0],
+            "std": [5.0] * 2,
+        },
+        "s2": {
+            "bands": ["B04", "B02"], "gsd": 10.0, "patch_size": 4, "unit": "reflectance", "nodata": [0.0],
+            "mean": [0.2, 0.1], "std": [0.1, 0.2], "dn_scale": 1e-4, "dn_offset": 0.0,
+        },
+        "dem": {
+            "bands": ["elevation"],
+            "gsd": 30.0,
+            "patch_size": 4,
+            "unit": "metres",
+            "mean": [400.0],
+            "std": [300.0],
+        },
+    },
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return MapexImageProcessor.from_config(MapexConfig(**CONFIG))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [SCHEMA.decode(SCHEMA.encode(make_sample(index))) for index in range(6)]
+
+
+def test_batch_equals_its_samples(processor, samples):
+    """Among samples that lack a modality, each is what it would be alone."""
+    batch = MapexCollator(processor, label="crop")(samples)
+    assert batch["modality_mask"]["s1"].tolist() == [True, True, False] * 2
+    assert batch["labels"].tolist() == [0, 1, 2] * 2
+    for index, sample in enumerate(samples):
+        images = {name: pixels for name, pixels in sample["images"].items() if pixels is not None}
+        alone = processor(images, bands={"s2": ["B02", "B03", "B04"]}, units={"s2": "dn"})
+        for name, pixels in alone["pixel_values"].items():
+            assert torch.equal(batch["pixel_values"][name][index], pixels[0])
+        expected = (sample["images"]["s2"][[2, 0]] * 1e-4 - np.array([0.2, 0.1])[:, None, None]) / [[[0.1]], [[0.2]]]
+        np.testing.assert_allclose(batch["pixel_values"]["s2"][index], expected, rtol=1e-4, atol=1e-5)
+    assert batch["gsd"] == {"s1": 10.0, "s2": 10.0, "dem": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("label", "dtype", "shape"),
+    [
+        ("crop", torch.int64, (3,)),
+        ("cover", torch.float32, (3, 2)),
+        ("flood", torch.int64, (3, 24, 24)),
+        ("biomass", torch.float32, (3, 24, 24)),
+    ],
+)
+def test_labels(processor, samples, label, dtype, shape):
+    labels = MapexCollator(processor, label=label)(samples[:3])["labels"]
+    assert labels.dtype == dtype and labels.shape == shape
+    assert torch.equal(labels, torch.as_tensor(np.array([sample["labels"][label] for sample in samples[:3]])).to(dtype))
+
+
+def test_missing_label(processor, samples):
+    with pytest.raises(ValueError, match=r"`chip-3` has no label `flood`, only \['crop', 'cover', 'biomass'\]"):
+        MapexCollator(processor, label="flood")(samples)
+
+
+def test_random_part_depends_on_the_sample_only(processor, samples):
+    options = {"crop_size": 12, "flip": True, "modality_dropout": 0.3, "label": "biomass"}
+    collate = MapexCollator(processor, seed=1, **options)
+    batch, backwards = collate(samples), collate(samples[::-1])
+    for name, pixels in batch["pixel_values"].items():
+        assert torch.equal(pixels, backwards["pixel_values"][name].flip(0))
+    assert torch.equal(batch["labels"], backwards["labels"].flip(0)) and batch["labels"].shape == (6, 12, 12)
+    assert batch["pixel_values"]["dem"].shape[2:] == (4, 4)
+    same = collate(samples)
+    collate.set_epoch(1)
+    other = collate(samples)
+    assert torch.equal(batch["labels"], same["labels"]) and not torch.equal(batch["labels"], other["labels"])
+    assert not torch.equal(batch["labels"], MapexCollator(processor, seed=2, **options)(samples)["labels"])
+
+
+def test_epoch_reaches_running_workers(processor):
+    pytest.importorskip("datasets", reason="the extra `data`")
+    collate = MapexCollator(processor, crop_size=12, label="biomass")
+    rows = [SCHEMA.decode(SCHEMA.encode(make_sample(index))) for index in range(8)]
+    loader = torch.utils.data.DataLoader(
+        rows, batch_size=4, collate_fn=collate, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    first = torch.cat([batch["labels"] for batch in loader])
+    again = torch.cat([batch["labels"] for batch in loader])
+    collate.set_epoch(1)
+    second = torch.cat([batch["labels"] for batch in loader])
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_data_sets_with_other_bands_and_units_in_one_batch(processor, samples):
+    reflectance = {
+        "bands": ["B04", "B02"],
+        "unit": "reflectance", "gsd": 10.0, "dtype": "float32",
+    }
+    other = {
+        "id": "other",
+        "images": {"s2": samples[0]["images"]["s2"][[2, 0]].astype(np.float32) * np.float32(1e-4)},
+        "sensors": {"s2": reflectance},
+        "gsd": {"s2": 10.0},
+        "labels": {},
+    }
+    batch = MapexCollator(processor)([samples[2], other, samples[0]])
+    assert batch["modality_mask"]["dem"].tolist() == [True, False, True]
+    assert batch["modality_mask"]["s1"].tolist() == [False, False, True]
+    torch.testing.assert_close(batch["pixel_values"]["s2"][1], batch["pixel_values"]["s2"][2])
+    other["gsd"] = {"s2": 20.0}
+    with pytest.raises(ValueError, match=r"`s2` comes with \(24, 24\) pixels of 10 m and with \(24, 24\) of 20 m"):
+        MapexCollator(processor)([samples[2], other])
+
+
+def test_unknown_modality(samples):
+    config = MapexConfig(**{**CONFIG, "modalities": {"s1": CONFIG["modalities"]["s1"]}})
+    with pytest.raises(ValueError, match="Unknown modality `s2`"):
+        MapexCollator(MapexImageProcessor.from_config(config))(samples)
+
+
+def test_a_model_trains_on_shards(processor, tmp_path):
+    """From shards to a step of pretraining and of `Trainer`, with missing modalities and every kind of dropout."""
+    pytest.importorskip("datasets", reason="shards need the extra `data`")
+    pytest.importorskip("accelerate", reason="Trainer needs the extra `train`")
+    from transformers import Trainer, TrainingArguments
+
+    from modeling_mapex.data_mapex import load_shards, stream_shards
+    from modeling_mapex.writing_mapex import write_shards
+
+    write_shards(items(10), read, SCHEMA, tmp_path / "shards", progress=False)
+    stream = stream_shards(tmp_path / "shards", seed=0)
+    options = {"crop_size": 12, "flip": True, "modality_dropout": 0.2, "band_dropout": 0.2}
+    loader = torch.utils.data.DataLoader(stream, batch_size=4, collate_fn=MapexCollator(processor, **options))
+    model = MapexForPreTraining(MapexConfig(**CONFIG))
+    for batch in loader:
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss.isfinite()
+
+    classifier = MapexForImageClassification(MapexConfig(**CONFIG, num_labels=3))
+    args = TrainingArguments(tmp_path / "out", max_steps=3, remove_unused_columns=False, report_to=[], use_cpu=True)
+    dataset = load_shards(tmp_path / "shards", labels=["crop"], cache_dir=tmp_path / "cache")
+    collate = MapexCollator(processor, label="crop", **options)
+    trainer = Trainer(classifier, args, train_dataset=dataset, eval_dataset=dataset, data_collator=collate)
+    before = classifier.classifier.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, classifier.classifier.weight)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_every_sample_once_through_a_loader(processor, tmp_path):
+    pytest.importorskip("datasets", reason="shards need the extra `data`")
+    from modeling_mapex.data_mapex import stream_shards
+    from modeling_mapex.writing_mapex import write_shards
+
+    write_shards(items(10), read, SCHEMA, tmp_path, progress=False)
+    collate = MapexCollator(processor, label="crop")
+    loader = torch.utils.data.DataLoader(stream_shards(tmp_path), batch_size=3, collate_fn=collate)
+    assert list(chain.from_iterable(batch["labels"].tolist() for batch in loader)) == [i % 3 for i in range(10)]

@@ -1,0 +1,162 @@
+"""Reading shards: map-style and streaming give the samples; ranks and workers share them; a resume changes nothing."""
+
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from shard_samples import SCHEMA, assert_same_sample, items, make_sample, read
+
+
+pytest.importorskip("datasets", reason="shards need the extra `data`")
+
+from modeling_mapex import writing_mapex
+from modeling_mapex.data_mapex import load_shards, stream_shards
+from modeling_mapex.writing_mapex import write_shards
+
+
+COUNT = 53  # divides evenly by nothing below
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A function of the number of shards."""
+    made = {}
+    total = sum(
+        len(value) for item in items(COUNT) for value in SCHEMA.encode(read(item)).values() if isinstance(value, bytes)
+    )
+
+    def make(number):
+        if number not in made:
+            folder = tmp_path_factory.mktemp(f"shards{number}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(writing_mapex, "_ROW_GROUP_BYTES", 10_000)
+                for size in range(total // number, 0, -500):  # samples differ in size: find what gives so many
+                    options = {"shard_bytes": size, "overwrite": True, "progress": False}
+                    if len(write_shards(items(COUNT), read, SCHEMA, folder, **options).shards) == number:
+                        break
+            made[number] = folder
+        return made[number]
+
+    return make
+
+
+def ids(samples) -> list[str]:
+    return [sample["id"] for sample in samples]
+
+
+ALL = [f"chip-{index}" for index in range(COUNT)]
+
+
+def test_map_style(shards, tmp_path):
+    dataset = load_shards(shards(5), cache_dir=tmp_path)
+    assert len(dataset) == COUNT
+    for index in (0, 7, COUNT - 1):
+        assert_same_sample(dataset[index], make_sample(index))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=ids)
+    assert sorted(chain.from_iterable(loader)) == sorted(ALL)
+
+
+def test_streaming(shards):
+    stream = stream_shards(shards(5))
+    for index, sample in enumerate(stream):
+        assert_same_sample(sample, make_sample(index))
+    assert index == COUNT - 1
+
+
+def test_chosen_modalities_and_labels(shards, tmp_path):
+    options = {"modalities": ["dem"], "labels": ["crop"]}
+    for sample in (
+        load_shards(shards(5), cache_dir=tmp_path, **options)[2],
+        next(iter(stream_shards(shards(5), **options))),
+    ):
+        assert list(sample["images"]) == ["dem"] and list(sample["labels"]) == ["crop"]
+    with pytest.raises(ValueError, match=r"no modalities \['s3'\]"):
+        stream_shards(shards(5), modalities=["s3"])
+
+
+def test_shuffled(shards):
+    stream = stream_shards(shards(5), seed=3, window=16)
+    first, again = ids(stream), ids(stream)
+    assert first == again and first != ALL and sorted(first) == sorted(ALL)
+    stream.set_epoch(1)
+    second = ids(stream)
+    assert second != first and sorted(second) == sorted(ALL)
+    assert ids(stream_shards(shards(5), seed=4, window=16)) != first
+    one_shard = stream_shards(shards(1), seed=3, window=16)
+    orders = []
+    for epoch in range(2):
+        one_shard.set_epoch(epoch)
+        orders.append(ids(one_shard))
+    assert orders[0] != orders[1], "with one shard only the windows can differ"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("stop", [1, 16, 17, 37, COUNT - 1])
+def test_resume(shards, seed, epoch, stop):
+    stream = stream_shards(shards(5), seed=seed, window=16)
+    stream.set_epoch(epoch)
+    whole = ids(stream)
+    running = iter(stream)
+    seen = [next(running)["id"] for _ in range(stop)]
+    state = stream.state_dict()
+    resumed = stream_shards(shards(5), seed=seed, window=16)
+    resumed.load_state_dict(state)
+    assert seen + ids(resumed) == whole
+
+
+@pytest.mark.parametrize("number", [3, 4, 8])
+def test_ranks_are_disjoint_and_complete(shards, number):
+    """Whether or not the number of shards divides by that of the processes."""
+    parts = [ids(stream_shards(shards(number), seed=1, window=8, rank=rank, world_size=2)) for rank in range(2)]
+    assert all(parts) and sorted(parts[0] + parts[1]) == sorted(ALL)
+
+
+@pytest.mark.parametrize("number", [4, 7])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_two_ranks_of_two_workers_resume_in_mid_epoch(shards, number, seed):
+    """Samples are disjoint and complete, and after a resume the rest of the epoch is what it would have been."""
+    stateful = pytest.importorskip(
+        "torchdata.stateful_dataloader", reason="resuming with workers needs the extra `train`"
+    )
+
+    def loader(rank):
+        stream = stream_shards(shards(number), seed=seed, window=8, rank=rank, world_size=2)
+        stream.set_epoch(1)
+        return stateful.StatefulDataLoader(stream, batch_size=4, num_workers=2, collate_fn=ids)
+
+    seen = []
+    for rank in range(2):
+        whole = list(loader(rank))
+        seen += chain.from_iterable(whole)
+        stopped = loader(rank)
+        running = iter(stopped)
+        begun = [next(running) for _ in range(3)]
+        state = stopped.state_dict()
+        del running
+        resumed = loader(rank)
+        resumed.load_state_dict(state)
+        assert begun + list(resumed) == whole
+    assert sorted(seen) == sorted(ALL)
+
+
+def test_memory_stays_flat_as_a_shard_grows(tmp_path):
+    """A shard of 246 MB is written and streamed with hardly more memory than one of 31 MB, each in a fresh process."""
+    script = Path(__file__).parent / "stream_peak_memory.py"
+    peaks = {}
+    for count in (256, 2048):
+        result = subprocess.run(
+            [sys.executable, str(script), str(tmp_path / str(count)), str(count)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=240,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        size, peaks[count] = map(float, result.stdout.split())
+    assert size > 200, "the larger shard must be larger than what is allowed"
+    assert peaks[2048] - peaks[256] < 100, peaks
