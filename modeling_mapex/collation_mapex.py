@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .augmentation_mapex import drop_bands, drop_modalities, random_crop, random_flip
-from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor
+from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, combine_gsd
 
 
 class MapexCollator:
@@ -28,7 +28,7 @@ class MapexCollator:
         seed (`int`): Of all that is random.
 
     Raises (when called):
-        ValueError: a sample lacks the label, samples differ in size or resolution, or the processor refuses the values.
+        ValueError: a sample lacks the label, samples differ in size, or the processor refuses the values.
     """
 
     def __init__(
@@ -132,20 +132,23 @@ def _description(sample: dict[str, Any]) -> tuple:
 def _merge(parts: list[tuple[list[int], MapexBatchFeature]], batch_size: int) -> MapexBatchFeature:
     """One batch of several, each with the positions of its samples."""
     merged: dict[str, dict[str, Any]] = {"pixel_values": {}, "modality_mask": {}, "valid_mask": {}, "gsd": {}}
+    metres: dict[str, np.ndarray] = {}
     for indices, part in parts:
         for name, pixels in part["pixel_values"].items():
             if name not in merged["pixel_values"]:
                 merged["pixel_values"][name] = pixels.new_zeros(batch_size, *pixels.shape[1:])
                 merged["modality_mask"][name] = torch.zeros(batch_size, dtype=torch.bool)
                 merged["valid_mask"][name] = torch.zeros(batch_size, *pixels.shape[2:], dtype=torch.bool)
-                merged["gsd"][name] = part["gsd"][name]
+                metres[name] = np.full(batch_size, np.nan)
             whole = merged["pixel_values"][name]
-            if whole.shape[1:] != pixels.shape[1:] or abs(merged["gsd"][name] / part["gsd"][name] - 1) > 0.02:
+            if whole.shape != (batch_size, *pixels.shape[1:]):
                 raise ValueError(
-                    f"`{name}` comes with {tuple(whole.shape[2:])} pixels of {merged['gsd'][name]:g} m and with "
-                    f"{tuple(pixels.shape[2:])} of {part['gsd'][name]:g} m. A batch holds one size and resolution per "
-                    "modality: set `crop_size`, or batch the data sets apart."
+                    f"`{name}` comes with {tuple(whole.shape[2:])} and with {tuple(pixels.shape[2:])} pixels. A batch "
+                    "holds one size per modality: set `crop_size`, or batch the data sets apart."
                 )
             for key in ("pixel_values", "modality_mask", "valid_mask"):
                 merged[key][name][indices] = part[key][name]
+            metres[name][indices] = part["gsd"][name]
+    for name, values in metres.items():
+        merged["gsd"][name] = combine_gsd(np.where(np.isnan(values), np.nanmean(values), values))
     return MapexBatchFeature(merged)

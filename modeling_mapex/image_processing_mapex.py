@@ -34,7 +34,7 @@ _PLAUSIBLE = {
     "uint8": (0.0, 255.0),
 }
 _IMPLAUSIBLE_SHARE = 0.01
-_GSD_TOLERANCE = 0.02  # samples of one batch share a resolution; chips cut from other projections differ a little
+_GSD_TOLERANCE = 1e-3  # samples that differ by less have one resolution
 _SPEC_KEYS = (
     *("bands", "gsd", "patch_size", "unit", "mean", "std", "clip", "nodata", "dn_scale", "dn_offset", "codes"),
 )
@@ -44,7 +44,7 @@ _LIBRARY_KEYS = {"image_processor_type", "auto_map", "processor_class", "_commit
 
 class MapexBatchFeature(BatchFeature):
     """A batch for a MAPEX model whose `.to()` reaches the tensors inside dictionaries: floating point tensors are cast
-    and moved, others (masks, labels) moved.
+    and moved, others (masks, labels) moved, and so is `gsd`, which half precision would blur.
     """
 
     def to(self, *args, **kwargs) -> "MapexBatchFeature":
@@ -52,18 +52,18 @@ class MapexBatchFeature(BatchFeature):
         moves = any(isinstance(value, (str, int, torch.device)) and not isinstance(value, bool) for value in args)
         moves = moves or kwargs.get("device") is not None
 
-        def send(value):
+        def send(value, cast=True):
             if isinstance(value, torch.Tensor):
-                if value.is_floating_point():
+                if value.is_floating_point() and cast:
                     return value.to(*args, **kwargs)
                 return value.to(device, non_blocking=kwargs.get("non_blocking", False)) if moves else value
             if isinstance(value, Mapping):
-                return {key: send(entry) for key, entry in value.items()}
+                return {key: send(entry, cast) for key, entry in value.items()}
             if isinstance(value, (list, tuple)):
-                return type(value)(send(entry) for entry in value)
+                return type(value)(send(entry, cast) for entry in value)
             return value
 
-        self.data = {key: send(value) for key, value in self.data.items()}
+        self.data = {key: send(value, cast=key != "gsd") for key, value in self.data.items()}
         return self
 
 
@@ -193,8 +193,8 @@ class MapexImageProcessor(BaseImageProcessor):
                 Unit of the values: `"reflectance"` or `"dn"`, `"db"` or `"linear"` (power), `"metres"`, `"degrees"`,
                 `"uint8"`, `"class"`. Default: the unit of the modality's statistics. Either is checked.
             gsd (`dict[str, float | list[float]]`, *optional*):
-                Metres per pixel, of all samples or of each. Default: the configuration's. One batch holds one
-                resolution per modality; samples may differ from their mean by 2 %.
+                Metres per pixel, of all samples, or a list of those that have the modality. Default: the
+                configuration's.
             nodata (`dict[str, float | list[float]]`, *optional*):
                 Values that mark pixels without data, instead of the modality's own. NaN and infinity always do.
             dn_offset (`dict[str, float]`, *optional*):
@@ -206,8 +206,8 @@ class MapexImageProcessor(BaseImageProcessor):
         Returns:
             [`MapexBatchFeature`] with `pixel_values` (float32 `(batch, channels, height, width)`), `modality_mask`
             (bool `(batch,)`), `valid_mask` (bool `(batch, height, width)`: all bands of the pixel hold data) and
-            `gsd` (float), each a dictionary over the given modalities. Where there is no data, pixel values are the
-            band's mean, which is 0 after normalisation.
+            `gsd` (a float, or `(batch,)` where samples differ), each a dictionary over the given modalities. Where
+            there is no data, pixel values are the band's mean, which is 0 after normalisation.
 
         Raises:
             TypeError: a container of the wrong kind.
@@ -239,10 +239,12 @@ class MapexImageProcessor(BaseImageProcessor):
                 pixels, some = pixels.new_zeros(batch_size, *pixels.shape[1:]), pixels
                 valid, some_valid = valid.new_zeros(batch_size, *valid.shape[1:]), valid
                 pixels[where], valid[where] = some, some_valid
+                metres, some_metres = np.full(batch_size, metres.mean()), metres
+                metres[where.numpy()] = some_metres
             features["pixel_values"][name] = pixels
             features["modality_mask"][name] = torch.tensor(present)
             features["valid_mask"][name] = valid
-            features["gsd"][name] = metres
+            features["gsd"][name] = combine_gsd(metres)
         if not features["pixel_values"]:
             raise ValueError("Every modality of every sample is None: there is nothing to process.")
         lacking = [
@@ -358,7 +360,7 @@ class MapexImageProcessor(BaseImageProcessor):
         nodata: float | list[float] | None = None,
         dn_offset: float | None = None,
         size: tuple[int, int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+    ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """The present images of one modality: pixels `(n, channels, height, width)`, validity, metres per pixel."""
         spec = self.modalities[name]
         counts = {image.shape[0] for image in images}
@@ -366,13 +368,13 @@ class MapexImageProcessor(BaseImageProcessor):
             raise ValueError(f"The images of `{name}` differ in their number of channels: {sorted(counts)}.")
         channels = self._channels(name, bands, images[0])
         unit = self._unit(name, units, dn_offset)
-        metres = self._gsd(name, gsd)
+        metres = self._gsd(name, gsd, len(images)).copy()
         sentinels = spec.get("nodata", []) if nodata is None else nodata
         sentinels = np.atleast_1d(np.asarray(sentinels, dtype=np.float64)).tolist()
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(tuple(image.shape), []).append(index)
-        parts, final_gsd = {}, metres
+        parts = {}
         for shape, indices in groups.items():
             height, width = self._size(name, shape[1:], size)
             stacked = _to_float([images[index] for index in indices])  # (n, C_in, H, W)
@@ -393,20 +395,20 @@ class MapexImageProcessor(BaseImageProcessor):
             if valid is None:
                 valid = torch.ones(len(pixels), height, width, dtype=torch.bool)
             parts[shape] = (indices, pixels, valid)
-            final_gsd = metres * ((shape[1] / height) * (shape[2] / width)) ** 0.5
+            metres[indices] *= ((shape[1] / height) * (shape[2] / width)) ** 0.5
         sizes = {tuple(pixels.shape[2:]) for _, pixels, _ in parts.values()}
-        if len(sizes) > 1 or (len(groups) > 1 and size is not None):
+        if len(sizes) > 1:
             raise ValueError(
-                f"The images of `{name}` differ in size: {sorted(groups)}. A batch holds one size and resolution per "
-                "modality: crop them alike first (`random_crop`), or batch them apart."
+                f"The images of `{name}` differ in size: {sorted(groups)}. A batch holds one size per modality: crop "
+                f'them alike (`random_crop`), resize them (`size={{"{name}": (height, width)}}`), or batch them apart.'
             )
         if len(parts) == 1:
             _, pixels, valid = next(iter(parts.values()))
-            return pixels, valid, final_gsd
+            return pixels, valid, metres
         order = torch.tensor([index for indices, _, _ in parts.values() for index in indices]).argsort()
         pixels = torch.cat([pixels for _, pixels, _ in parts.values()])[order]
         valid = torch.cat([valid for _, _, valid in parts.values()])[order]
-        return pixels, valid, final_gsd
+        return pixels, valid, metres
 
     def _channels(self, name: str, given: list[str] | None, image) -> list[int | None] | None:
         """For each band of the model its position among the given ones, `None` where missing; `None`: as they are."""
@@ -472,17 +474,17 @@ class MapexImageProcessor(BaseImageProcessor):
             )
         return unit
 
-    def _gsd(self, name: str, given: float | list[float] | None) -> float:
+    def _gsd(self, name: str, given: float | list[float] | None, count: int) -> np.ndarray:
+        """Metres per pixel of each of `count` images."""
         values = np.atleast_1d(np.asarray(self.modalities[name]["gsd"] if given is None else given, dtype=np.float64))
-        mean = float(values.mean())
         if not np.isfinite(values).all() or values.min() <= 0:
             raise ValueError(f"`gsd` of `{name}` must be metres per pixel above 0, got {given}.")
-        if np.abs(values / mean - 1).max() > _GSD_TOLERANCE:
+        if len(values) not in (1, count):
             raise ValueError(
-                f"Samples of `{name}` differ in resolution: {values.min():g} to {values.max():g} m per pixel. A batch "
-                "holds one per modality: batch them apart, or resample them."
+                f"`gsd` of `{name}` has {len(values)} values for {count} images: one for all, or one for each that is "
+                "there."
             )
-        return mean
+        return np.broadcast_to(values, count)
 
     def _size(self, name: str, given: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[int, int]:
         patch = self.modalities[name]["patch_size"]
@@ -589,6 +591,13 @@ class MapexImageProcessor(BaseImageProcessor):
         return torch.where(valid[:, None], pixels, _per_band(spec["mean"])), valid
 
 
+def combine_gsd(metres: np.ndarray) -> float | torch.Tensor:
+    """Metres per pixel of samples as a model takes them: one number, or a float32 tensor `(batch,)` if they differ."""
+    if np.ptp(metres) <= _GSD_TOLERANCE * metres.mean():
+        return float(metres.mean())
+    return torch.from_numpy(metres).float()
+
+
 def _is_pil(value: Any) -> bool:
     return hasattr(value, "getbands") and hasattr(value, "mode")
 
@@ -600,7 +609,7 @@ def _per_band(values: list[float], dtype: torch.dtype = torch.float32) -> torch.
 def _to_float(images: list[np.ndarray | torch.Tensor]) -> torch.Tensor:
     """Images of one shape to a new float32 tensor `(images, channels, height, width)` on the CPU."""
     if all(isinstance(image, torch.Tensor) for image in images):
-        return torch.stack(images).to("cpu", torch.float32)
+        return torch.stack([image.detach() for image in images]).to("cpu", torch.float32)
     arrays = [image.numpy(force=True) if isinstance(image, torch.Tensor) else image for image in images]
     if arrays[0].dtype.kind not in "fiub":
         raise TypeError(f"Pixels must be numbers, got an array of {arrays[0].dtype}.")

@@ -184,7 +184,7 @@ class MapexEmbeddings(nn.Module):
         pixel_values: dict[str, torch.Tensor],
         modality_mask: dict[str, torch.BoolTensor] | None = None,
         valid_mask: dict[str, torch.BoolTensor] | None = None,
-        gsd: dict[str, float] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
     ) -> torch.Tensor:
         patches = []
         for name in layout.grids:
@@ -201,7 +201,7 @@ class MapexEmbeddings(nn.Module):
         config = self.config
         positions = token_positions(layout, config.modalities, gsd)
         positions = sincos_embedding(positions, config.hidden_size, config.position_unit, config.position_temperature)
-        fixed = positions.to(hidden_states.dtype) + self.modality_embeddings(layout.modality_ids)  # (N, D)
+        fixed = positions.to(hidden_states.dtype) + self.modality_embeddings(layout.modality_ids)  # (N, D), (B, N, D)
         return self.dropout(hidden_states + fixed)
 
     def _refuse_nan(self, name: str, pixels: torch.Tensor) -> None:
@@ -714,7 +714,7 @@ class MapexModel(MapexPreTrainedModel):
         pixel_values: dict[str, torch.Tensor],
         modality_mask: dict[str, torch.BoolTensor] | None = None,
         valid_mask: dict[str, torch.BoolTensor] | None = None,
-        gsd: dict[str, float] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
         visible_ids: torch.LongTensor | None = None,
         visible_mask: torch.BoolTensor | None = None,
         expert_mask: list[torch.BoolTensor] | None = None,
@@ -738,7 +738,8 @@ class MapexModel(MapexPreTrainedModel):
             valid_mask (`dict[str, torch.BoolTensor]`, *optional*):
                 Modality to `(batch_size, height, width)`: False for pixels without data. Their values are never read;
                 a patch without one valid pixel is no token.
-            gsd (`dict[str, float]`, *optional*): Metres per pixel, where they differ from the configuration's.
+            gsd (`dict[str, float | torch.Tensor]`, *optional*): Metres per pixel, where they differ from the
+                configuration's: of all samples, or `(batch_size,)` of each.
             visible_ids (`torch.LongTensor` of shape `(batch_size, num_visible)`, *optional*):
                 Encode only these tokens. `visible_mask`, of the same shape, is False for ids to be ignored.
             expert_mask (`list[torch.BoolTensor]`, *optional*):
@@ -862,7 +863,7 @@ class MapexDecoder(nn.Module):
         visible_ids: torch.LongTensor,
         visible_mask: torch.BoolTensor,
         layout: TokenLayout,
-        gsd: dict[str, float] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -912,7 +913,7 @@ class MapexForPreTraining(MapexPreTrainedModel):
         pixel_values: dict[str, torch.Tensor],
         modality_mask: dict[str, torch.BoolTensor] | None = None,
         valid_mask: dict[str, torch.BoolTensor] | None = None,
-        gsd: dict[str, float] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
         noise: PretrainingNoise | None = None,
         generator: torch.Generator | None = None,
         mutual_information_scale: float = 1.0,
@@ -1102,7 +1103,7 @@ class MapexForImageClassification(MapexPreTrainedModel):
         pixel_values: dict[str, torch.Tensor],
         modality_mask: dict[str, torch.BoolTensor] | None = None,
         valid_mask: dict[str, torch.BoolTensor] | None = None,
-        gsd: dict[str, float] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> MapexImageClassifierOutput:

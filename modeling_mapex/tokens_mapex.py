@@ -37,7 +37,7 @@ def check_inputs(
     pixel_values: dict[str, torch.Tensor],
     modality_mask: dict[str, torch.Tensor] | None = None,
     valid_mask: dict[str, torch.Tensor] | None = None,
-    gsd: dict[str, float] | None = None,
+    gsd: dict[str, float | torch.Tensor] | None = None,
 ) -> None:
     """Raise for a batch that the `modalities` of a configuration cannot take, saying what to do about it.
 
@@ -101,7 +101,13 @@ def check_inputs(
             "any value and say so in `modality_mask`."
         )
     for name, value in (gsd or {}).items():
-        if not isinstance(value, (int, float)) or not value > 0:
+        if isinstance(value, torch.Tensor):
+            if value.shape != (pixel_values[name].shape[0],) or not value.is_floating_point():
+                raise ValueError(
+                    f"`gsd` of `{name}` must be a number, or a floating point tensor with one a sample, of shape "
+                    f"{(pixel_values[name].shape[0],)}; got {value.dtype} {tuple(value.shape)}."
+                )
+        elif not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"`gsd` of `{name}` must be metres per pixel above 0, got {value!r}.")
 
 
@@ -159,28 +165,35 @@ def token_layout(
 
 
 def token_positions(
-    layout: TokenLayout, modalities: dict[str, dict[str, Any]], gsd: dict[str, float] | None = None
+    layout: TokenLayout,
+    modalities: dict[str, dict[str, Any]],
+    gsd: dict[str, float | torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Centres of the tokens in metres down and right of the upper left corner, shape `(num_tokens, 2)`. Tokens of
-    different sensors over the same ground have the same position, at any image size and resolution (after ScaleMAE,
-    arXiv 2212.14532).
+    """Centres of the tokens in metres down and right of the upper left corner, shape `(num_tokens, 2)`, or
+    `(batch_size, num_tokens, 2)` if a resolution is given for each sample. Tokens of different sensors over the same
+    ground have the same position, at any image size and resolution (after ScaleMAE, arXiv 2212.14532).
     """
     device = layout.modality_ids.device
     positions = []
     for name, (rows, columns) in layout.grids.items():
         spec = modalities[name]
-        metres = spec["patch_size"] * float((gsd or {}).get(name, spec["gsd"]))
-        down = (torch.arange(rows, device=device, dtype=torch.float32) + 0.5) * metres
-        right = (torch.arange(columns, device=device, dtype=torch.float32) + 0.5) * metres
-        positions.append(torch.cartesian_prod(down, right).view(-1, 2))
-    return torch.cat(positions)
+        down = torch.arange(rows, device=device, dtype=torch.float32) + 0.5
+        right = torch.arange(columns, device=device, dtype=torch.float32) + 0.5
+        resolution = (gsd or {}).get(name, spec["gsd"])
+        if isinstance(resolution, torch.Tensor):
+            resolution = resolution.to(device, torch.float32)[:, None, None]  # (B, 1, 1)
+        positions.append(torch.cartesian_prod(down, right).view(-1, 2) * (spec["patch_size"] * resolution))
+    batch_sizes = [part.shape[0] for part in positions if part.ndim == 3]
+    if batch_sizes:
+        positions = [part.expand(batch_sizes[0], -1, -1) for part in positions]
+    return torch.cat(positions, dim=-2)
 
 
 def sincos_embedding(positions: torch.Tensor, dim: int, unit: float, temperature: float) -> torch.Tensor:
-    """Two-dimensional sine-cosine embedding of `positions (num_tokens, 2)` in metres, shape `(num_tokens, dim)`: for
-    each axis `dim // 4` wavelengths from `2 pi unit` to `2 pi unit * temperature` metres (MAE, arXiv 2111.06377, with
-    metres in place of patch indices).
+    """Two-dimensional sine-cosine embedding of `positions (..., num_tokens, 2)` in metres, shape
+    `(..., num_tokens, dim)`: for each axis `dim // 4` wavelengths from `2 pi unit` to `2 pi unit * temperature` metres
+    (MAE, arXiv 2111.06377, with metres in place of patch indices).
     """
     exponents = torch.arange(dim // 4, device=positions.device, dtype=torch.float32) / max(dim // 4 - 1, 1)
-    angles = positions[:, :, None] / unit * temperature**-exponents  # (N, 2, dim / 4)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (N, dim)
+    angles = positions[..., None] / unit * temperature**-exponents  # (..., N, 2, dim / 4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)  # (..., N, dim)

@@ -7,6 +7,7 @@ import torch
 
 from .losses_mapex import patchify, unpatchify
 from .sensors_mapex import SENSORS
+from .shards_mapex import mask_names
 
 
 def display_bands(name: str, bands: list[str]) -> list[int]:
@@ -150,35 +151,50 @@ def plot_samples(samples: list[dict[str, Any]], labels: dict[str, dict[str, Any]
     Returns:
         `matplotlib.figure.Figure`
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     labels = labels or {}
     maps = [name for name, spec in labels.items() if spec["kind"] in ("mask", "map")]
     columns = [*samples[0]["images"], *maps]
-    figure = Figure(figsize=(1.9 * len(columns) + 0.3, 2.15 * len(samples)), layout="constrained")
+    figure = Figure(figsize=(1.9 * len(columns) + 0.3, 2.15 * len(samples) + 0.4), layout="constrained")
     axes = figure.subplots(len(samples), len(columns), squeeze=False)
-    for row, sample in zip(axes, samples):
-        for axis, name in zip(row, columns):
+    legend = []
+    for column, name in zip(axes.T, columns):
+        layers = [sample["labels"].get(name) if name in maps else sample["images"][name] for sample in samples]
+        codes = np.unique(np.concatenate([layer.ravel() for layer in layers if layer is not None] or [[0]]))
+        mask = name in maps and labels[name]["kind"] == "mask"
+        for axis, layer, sample in zip(column, layers, samples):
             axis.set_xticks([])
             axis.set_yticks([])
-            layer = sample["labels"].get(name) if name in maps else sample["images"][name]
             if layer is None:
                 axis.text(0.5, 0.5, "missing", ha="center", va="center", fontsize=8, color="#888888")
+                axis.set_box_aspect(1)
+            elif mask:  # the same colour for a class in every sample
+                axis.imshow(colormaps["tab20"](np.searchsorted(codes, layer) % 20), interpolation="nearest")
             elif name in maps:
-                mask = labels[name]["kind"] == "mask"
-                axis.imshow(layer, cmap="tab20" if mask else "viridis", interpolation="nearest")
+                axis.imshow(layer, cmap="viridis", interpolation="nearest")
             else:
                 axis.imshow(_stored_picture(sample["sensors"][name], name, layer), interpolation="nearest")
-        row[0].set_ylabel(sample["id"][-24:], fontsize=6)
-        words = [_label_text(labels[name], sample["labels"][name]) for name in labels if name not in maps]
-        if words:
-            row[-1].set_xlabel("; ".join(words)[:60], fontsize=6)
-    for axis, name in zip(axes[0], columns):
-        sensor = sample["sensors"].get(name)
+        if mask:
+            names = mask_names(labels[name])
+            legend += [
+                Patch(color=colormaps["tab20"](rank % 20), label=f"{name}: {names.get(int(code), int(code))}")
+                for rank, code in enumerate(codes)
+            ]
+        sensor = samples[0]["sensors"].get(name)
         shown = ""
         if sensor is not None and sensor["unit"] != "class":
             shown = "\n" + ", ".join(sensor["bands"][index] for index in _stored_bands(sensor, name))
-        axis.set_title(f"{name}{shown}", fontsize=8)
+        column[0].set_title(f"{name}{shown}", fontsize=8)
+    for row, sample in zip(axes, samples):
+        row[0].set_ylabel(sample["id"][-24:], fontsize=6)
+        words = [_label_text(labels[name], sample["labels"][name]) for name in labels if name not in maps]
+        if words:
+            row[-1].set_xlabel("; ".join(words)[: 24 * len(columns)], fontsize=6, loc="right")
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=max(1, len(columns)), fontsize=6)
     return figure
 
 

@@ -22,8 +22,15 @@ CONFIG = {
             "std": [5.0] * 2,
         },
         "s2": {
-            "bands": ["B04", "B02"], "gsd": 10.0, "patch_size": 4, "unit": "reflectance", "nodata": [0.0],
-            "mean": [0.2, 0.1], "std": [0.1, 0.2], "dn_scale": 1e-4, "dn_offset": 0.0,
+            "bands": ["B04", "B02"],
+            "gsd": 10.0,
+            "patch_size": 4,
+            "unit": "reflectance",
+            "nodata": [0.0],
+            "mean": [0.2, 0.1],
+            "std": [0.1, 0.2],
+            "dn_scale": 1e-4,
+            "dn_offset": 0.0,
         },
         "dem": {
             "bands": ["elevation"],
@@ -34,7 +41,10 @@ CONFIG = {
             "std": [300.0],
         },
     },
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 2,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 2,
 }
 
 
@@ -115,7 +125,9 @@ def test_epoch_reaches_running_workers(processor):
 def test_data_sets_with_other_bands_and_units_in_one_batch(processor, samples):
     reflectance = {
         "bands": ["B04", "B02"],
-        "unit": "reflectance", "gsd": 10.0, "dtype": "float32",
+        "unit": "reflectance",
+        "gsd": 10.0,
+        "dtype": "float32",
     }
     other = {
         "id": "other",
@@ -129,7 +141,9 @@ def test_data_sets_with_other_bands_and_units_in_one_batch(processor, samples):
     assert batch["modality_mask"]["s1"].tolist() == [False, False, True]
     torch.testing.assert_close(batch["pixel_values"]["s2"][1], batch["pixel_values"]["s2"][2])
     other["gsd"] = {"s2": 20.0}
-    with pytest.raises(ValueError, match=r"`s2` comes with \(24, 24\) pixels of 10 m and with \(24, 24\) of 20 m"):
+    assert MapexCollator(processor)([samples[2], other])["gsd"]["s2"].tolist() == [10.0, 20.0]
+    other["images"]["s2"] = other["images"]["s2"][:, :12]
+    with pytest.raises(ValueError, match=r"`s2` comes with \(24, 24\) and with \(12, 24\) pixels.*set `crop_size`"):
         MapexCollator(processor)([samples[2], other])
 
 
