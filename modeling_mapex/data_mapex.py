@@ -107,7 +107,7 @@ def stream_shards(
     modalities: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     seed: int | None = None,
-    window: int = 256,
+    window: int = 128,
     rank: int = 0,
     world_size: int = 1,
     revision: str | None = None,
@@ -180,7 +180,7 @@ class ShardStream(IterableDataset):
         window (`int`): So many samples are shuffled among themselves.
     """
 
-    def __init__(self, dataset, schema: ShardSchema, seed: int | None = None, window: int = 256):
+    def __init__(self, dataset, schema: ShardSchema, seed: int | None = None, window: int = 128):
         self.schema = schema
         self.window = _Window(seed)
         self.dataset = dataset.map(self.window, batched=True, batch_size=window)

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import textwrap
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from dataset_server import serve
 from shard_samples import SCHEMA, assert_same_sample, items, make_sample, read
 
 
@@ -142,6 +144,37 @@ def test_two_ranks_of_two_workers_resume_in_mid_epoch(shards, number, seed):
         resumed.load_state_dict(state)
         assert begun + list(resumed) == whole
     assert sorted(seen) == sorted(ALL)
+
+
+def test_from_the_hub(shards, tmp_path):
+    """By the id of a data set, through the real client and HTTP: map-style and streaming, whole and a few columns."""
+    script = """
+        import os
+        from modeling_mapex.data_mapex import load_shards, stream_shards
+
+        print([sample["id"] for sample in stream_shards("me/chips", seed=3, window=16)])
+        print([sample["id"] for sample in load_shards("me/chips", cache_dir="cache")])
+        stream = stream_shards("me/chips", modalities=["dem"], labels=[], revision="v1.0")
+        print([int(sample["images"]["dem"].sum()) for sample in stream])
+        for source, split in (("me/chips", "val"), ("me/other", "train")):
+            try:
+                stream_shards(source, split)
+            except FileNotFoundError as error:
+                print(error)
+        os._exit(0)  # past this line there is nothing to test; arrow's threads may outlive the interpreter
+    """
+    server = serve(shards(5), "me/chips")
+    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    variables |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-u", "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
+    server.shutdown()
+    assert result.returncode == 0, result.stderr[-3000:]
+    shuffled, mapped, elevations, no_split, no_repo = result.stdout.splitlines()
+    assert shuffled == str(ids(stream_shards(shards(5), seed=3, window=16))) and mapped == str(ALL)
+    assert elevations == str([int(make_sample(index).images["dem"].pixels.sum()) for index in range(COUNT)])
+    assert no_split == "No shards of the split `val` in the data set `me/chips` on the Hub."
+    assert "me/other" in no_repo
 
 
 def test_memory_stays_flat_as_a_shard_grows(tmp_path):
