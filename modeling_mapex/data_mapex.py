@@ -1,8 +1,9 @@
 """Reading shards with `datasets`: map-style and streaming, from a folder or the Hub, split by process and worker."""
 
+import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,35 @@ def read_schema(
     return schemas[first]
 
 
+def split_of_place(place: str, shares: dict[str, float], seed: int = 0) -> str:
+    """On which side of a split the samples of a place belong. All of a place belong on one, so that no test chip has a
+    neighbour in training; and always on the same, whatever else the data set holds.
+
+    Args:
+        place (`str`): The `place` of a sample.
+        shares (`dict[str, float]`): Name to share of the places, like `{"train": 0.8, "test": 0.2}`; sums to 1.
+        seed (`int`): Another split.
+
+    Raises:
+        ValueError: the shares do not sum to 1.
+    """
+    if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
+        raise ValueError(f"The shares of a split must be positive and sum to 1, got {shares}.")
+    draw = int.from_bytes(hashlib.sha256(f"{seed}-{place}".encode()).digest()[:8], "big") / 2**64
+    for name, share in shares.items():
+        draw -= share
+        if draw < 0:
+            return name
+    return name
+
+
 def load_shards(
     source: str | os.PathLike,
     split: str = "train",
     *,
     modalities: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
+    places: Callable[[str], bool] | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -80,6 +104,8 @@ def load_shards(
         source (`str`): A folder, or the id of a data set on the Hub.
         split (`str`): Name of the split.
         modalities, labels (`Sequence[str]`, *optional*): Which to read. Default: all.
+        places (`Callable[[str], bool]`, *optional*): Whether to keep the samples of a place, for a split by location:
+            `lambda place: split_of_place(place, {"train": 0.8, "test": 0.2}) == "train"`. Default: all.
         revision, token (`str`, *optional*): For the Hub.
         cache_dir (`str`, *optional*): Of `datasets`.
 
@@ -97,6 +123,8 @@ def load_shards(
         token=token,
         cache_dir=None if cache_dir is None else str(cache_dir),
     )
+    if places is not None:
+        dataset = dataset.filter(places, input_columns="place")
     return dataset.with_transform(schema.decode_batch)
 
 
@@ -106,6 +134,7 @@ def stream_shards(
     *,
     modalities: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
+    places: Callable[[str], bool] | None = None,
     seed: int | None = None,
     window: int = 128,
     rank: int = 0,
@@ -116,7 +145,7 @@ def stream_shards(
     """The samples of a split one after another, without a copy on disk; each as [`ShardSchema.decode`] gives it.
 
     Args:
-        source, split, modalities, labels, revision, token: As for [`load_shards`].
+        source, split, modalities, labels, places, revision, token: As for [`load_shards`].
         seed (`int`, *optional*): Shuffles the order of the shards and the samples within windows, differently in each
             epoch. Default: in the order they were written.
         window (`int`): So many samples are shuffled among themselves, and held in memory.
@@ -147,6 +176,8 @@ def stream_shards(
     )
     if world_size > 1:
         dataset = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
+    if places is not None:
+        dataset = dataset.filter(places, input_columns="place")
     return ShardStream(dataset, schema, seed, window)
 
 

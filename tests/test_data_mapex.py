@@ -16,7 +16,7 @@ from shard_samples import SCHEMA, assert_same_sample, items, make_sample, read
 pytest.importorskip("datasets", reason="shards need the extra `data`")
 
 from modeling_mapex import writing_mapex
-from modeling_mapex.data_mapex import load_shards, stream_shards
+from modeling_mapex.data_mapex import load_shards, split_of_place, stream_shards
 from modeling_mapex.writing_mapex import write_shards
 
 
@@ -144,6 +144,41 @@ def test_two_ranks_of_two_workers_resume_in_mid_epoch(shards, number, seed):
         resumed.load_state_dict(state)
         assert begun + list(resumed) == whole
     assert sorted(seen) == sorted(ALL)
+
+
+SHARES = {"train": 0.7, "test": 0.3}
+
+
+def is_train(place: str) -> bool:
+    return split_of_place(place, SHARES) == "train"
+
+
+def test_split_by_place(shards, tmp_path):
+    """Disjoint, complete, whole places, the same map-style and streaming; and a resume is exact."""
+    train = ids(load_shards(shards(5), places=is_train, cache_dir=tmp_path))
+    test = ids(load_shards(shards(5), places=lambda place: not is_train(place), cache_dir=tmp_path))
+    assert train and test and sorted(train + test) == sorted(ALL)
+    assert not {make_sample(ALL.index(chip)).place for chip in train} & {
+        make_sample(ALL.index(chip)).place for chip in test
+    }
+    stream = stream_shards(shards(5), places=is_train, seed=1, window=8)
+    whole = ids(stream)
+    assert sorted(whole) == sorted(train)
+    for stop in (3, 8, 13):
+        running = iter(stream)
+        seen = [next(running)["id"] for _ in range(stop)]
+        resumed = stream_shards(shards(5), places=is_train, seed=1, window=8)
+        resumed.load_state_dict(stream.state_dict())
+        assert seen + ids(resumed) == whole
+
+
+def test_shares_of_places():
+    drawn = [split_of_place(str(index), SHARES) for index in range(2000)]
+    assert abs(drawn.count("train") / 2000 - 0.7) < 0.05
+    assert drawn != [split_of_place(str(index), SHARES, seed=1) for index in range(2000)]
+    assert {split_of_place(str(index), {"all": 1.0, "none": 0.0}) for index in range(50)} == {"all"}
+    with pytest.raises(ValueError, match="sum to 1"):
+        split_of_place("a", {"train": 0.7})
 
 
 def test_from_the_hub(shards, tmp_path):
