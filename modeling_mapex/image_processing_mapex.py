@@ -17,23 +17,12 @@ import torch
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .sensors_mapex import SENSORS, UNITS, select_bands
+from .sensors_mapex import SENSORS, select_bands
+from .units_mapex import UNITS, check_range
 
 
 logger = logging.get_logger(__name__)
 
-# Values outside of these ranges cannot be of the unit; more than `_IMPLAUSIBLE_SHARE` of them is an error. Glint and
-# clouds reach reflectances of 2, single scatterers 30 dB.
-_PLAUSIBLE = {
-    "reflectance": (-0.3, 2.5),
-    "dn": (-10_000.0, 65_535.0),
-    "db": (-90.0, 60.0),
-    "linear": (0.0, 1e6),
-    "metres": (-12_000.0, 9_000.0),
-    "degrees": (0.0, 90.0),
-    "uint8": (0.0, 255.0),
-}
-_IMPLAUSIBLE_SHARE = 0.01
 _GSD_TOLERANCE = 1e-3  # samples that differ by less have one resolution
 _SPEC_KEYS = (
     *("bands", "gsd", "patch_size", "unit", "mean", "std", "clip", "nodata", "dn_scale", "dn_offset", "codes"),
@@ -530,9 +519,9 @@ class MapexImageProcessor(BaseImageProcessor):
         if holes is not None:
             good = stacked[~holes]
             low, high = (float(bound) for bound in torch.aminmax(good)) if good.numel() else (0.0, 0.0)
-            _check_range(name, unit, good, low, high)
+            check_range(name, unit, good, low, high)
         else:
-            _check_range(name, unit, stacked, low, high)
+            check_range(name, unit, stacked, low, high)
 
         pixels = stacked
         if unit == "linear":
@@ -617,47 +606,6 @@ def _to_float(images: list[np.ndarray | torch.Tensor]) -> torch.Tensor:
     for index, array in enumerate(arrays):
         result[index] = array  # casts while copying
     return torch.from_numpy(result)
-
-
-def _check_range(name: str, unit: str, values: torch.Tensor, low: float, high: float) -> None:
-    """Raise `ValueError` for values that cannot be of `unit`; `low` and `high` are their bounds."""
-    if unit not in _PLAUSIBLE or not values.numel():
-        return
-    least, most = _PLAUSIBLE[unit]
-    if low < least or high > most:
-        share = ((values < least) | (values > most)).float().mean().item()
-        if share > _IMPLAUSIBLE_SHARE:
-            likely = {
-                "reflectance": ("They look like digital numbers", "dn"),
-                "linear": ("They look like decibel", "db"),
-            }.get(unit)
-            fix = "State their unit with `units`, convert them, or declare what marks missing data with `nodata`."
-            if likely:
-                fix = f'{likely[0]}: pass `units={{"{name}": "{likely[1]}"}}`.'
-            raise ValueError(
-                f"`{name}` was given as `{unit}`, but {share:.0%} of its values lie outside {least:g} .. {most:g} "
-                f"(they reach from {low:g} to {high:g}). {fix}"
-            )
-    too_small = {
-        # What everything else says of a unit can be true of another by chance; of a whole batch hardly.
-        "dn": (high < 3.0 and high > 0.0 and low != high, "reflectance", "reach no more than"),
-        "uint8": (
-            high <= 1.0 and bool((values != values.round()).any()),
-            "values scaled to 0 .. 1",
-            "reach no more than",
-        ),
-        "db": (low >= 0.0 and low != high, "linear power", "are all above 0 and reach"),
-    }.get(unit)
-    if too_small and too_small[0]:
-        fix = {
-            "dn": f'pass `units={{"{name}": "reflectance"}}`',
-            "uint8": "multiply them by 255",
-            "db": f'pass `units={{"{name}": "linear"}}`',
-        }[unit]
-        raise ValueError(
-            f"`{name}` was given as `{unit}`, but its values {too_small[2]} {high:g}. They look like {too_small[1]}: "
-            f"{fix}."
-        )
 
 
 def _resize(

@@ -9,18 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-# Which units the values of a band may be given in, for each unit that its statistics may be in. A unit that is not
-# listed here ("kelvin", say) is taken as it is, unchecked.
-UNITS: dict[str, tuple[str, ...]] = {
-    "reflectance": ("reflectance", "dn"),
-    "db": ("db", "linear"),
-    "metres": ("metres",),
-    "degrees": ("degrees",),
-    "uint8": ("uint8",),
-    "class": ("class",),
-}
-
-
 @dataclass(frozen=True)
 class Band:
     """One spectral band, polarisation or layer of a sensor.
