@@ -38,7 +38,8 @@ class MapexBatchFeature(BatchFeature):
 
     def to(self, *args, **kwargs) -> "MapexBatchFeature":
         device = torch.empty(0).to(*args, **kwargs).device  # understands every form of the arguments
-        moves = any(isinstance(value, (str, int, torch.device)) and not isinstance(value, bool) for value in args)
+        targets = (str, int, torch.device, torch.Tensor)
+        moves = any(isinstance(value, targets) and not isinstance(value, bool) for value in args)
         moves = moves or kwargs.get("device") is not None
 
         def send(value, cast=True):
@@ -134,6 +135,12 @@ class MapexImageProcessor(BaseImageProcessor):
         }
         return cls(modalities=modalities, **kwargs)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        """As in the base class, but what overrides a file is checked like any argument."""
+        own = {key: kwargs.pop(key) for key in ("modalities", "missing_bands") if key in kwargs}
+        return super().from_dict({**image_processor_dict, **own}, **kwargs)
+
     def _check_spec(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         unknown = set(spec) - set(_SPEC_KEYS)
         missing = {"bands", "gsd", "patch_size"} - set(spec)
@@ -142,7 +149,7 @@ class MapexImageProcessor(BaseImageProcessor):
                 f"The description of `{name}` lacks {sorted(missing)} and has the unknown keys {sorted(unknown)}. "
                 f"Known: {list(_SPEC_KEYS)}."
             )
-        spec = deepcopy(spec)
+        spec = {key: deepcopy(value) for key, value in spec.items() if value is not None}
         for key in ("mean", "std", "clip", "codes"):
             if key in spec and len(spec[key]) != len(spec["bands"]):
                 raise ValueError(f"`{key}` of `{name}` needs {len(spec['bands'])} values, one a band.")
@@ -310,13 +317,15 @@ class MapexImageProcessor(BaseImageProcessor):
                 f"`{name}` must be an array, a tensor, a PIL image, a list of them, or None if absent, got "
                 f"{type(value).__name__}."
             )
-        return list(value) if value.ndim == 4 else [self._image(name, value)]
+        return [self._image(name, entry) for entry in (value if value.ndim == 4 else [value])]
 
     def _image(self, name: str, image: Any) -> np.ndarray | torch.Tensor:
         if _is_pil(image):
             image = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
         if not isinstance(image, (np.ndarray, torch.Tensor)):
             image = np.asarray(image)
+        if isinstance(image, np.ma.MaskedArray):  # as rasterio reads with masked=True
+            image = np.where(np.ma.getmaskarray(image), np.float32("nan"), np.ma.getdata(image))
         if image.ndim == 2:
             image = image[None]
         if image.ndim != 3:
@@ -324,6 +333,8 @@ class MapexImageProcessor(BaseImageProcessor):
                 f"An image of `{name}` must be (channels, height, width), got {tuple(image.shape)}. A list holds one "
                 "image, or None, per sample."
             )
+        if 0 in image.shape[1:]:
+            raise ValueError(f"An image of `{name}` has no pixels: its shape is {tuple(image.shape)}.")
         return image
 
     @staticmethod
@@ -359,7 +370,8 @@ class MapexImageProcessor(BaseImageProcessor):
         unit = self._unit(name, units, dn_offset)
         metres = self._gsd(name, gsd, len(images)).copy()
         sentinels = spec.get("nodata", []) if nodata is None else nodata
-        sentinels = np.atleast_1d(np.asarray(sentinels, dtype=np.float64)).tolist()
+        with np.errstate(over="ignore"):  # beyond float32 they become infinite, as the pixels do
+            sentinels = np.atleast_1d(np.asarray(sentinels, dtype=np.float64)).astype(np.float32).tolist()
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(tuple(image.shape), []).append(index)
@@ -421,10 +433,9 @@ class MapexImageProcessor(BaseImageProcessor):
             return None
         if isinstance(given, str):
             raise TypeError(f'`bands` of `{name}` must be a list of names, got the string "{given}".')
+        given = list(given)
         if len(given) != count:
-            raise ValueError(
-                f"`bands` names {len(given)} channels of `{name}`, {list(given)}, but the image has {count}."
-            )
+            raise ValueError(f"`bands` names {len(given)} channels of `{name}`, {given}, but the image has {count}.")
         known = [
             *wanted,
             *(band for band in (SENSORS[name].band_names if name in SENSORS else ()) if band not in wanted),
@@ -436,12 +447,12 @@ class MapexImageProcessor(BaseImageProcessor):
             fix = f'prune it for what you have, `model.prune_for_modalities({{"{name}": {kept}}})`, and take the '
             fix += "processor of its configuration, or " if kept else "processor of another model, or "
             raise ValueError(
-                f"`{name}` lacks the bands {missing}, which the model has; given are {list(given)}. Either {fix}"
+                f"`{name}` lacks the bands {missing}, which the model has; given are {given}. Either {fix}"
                 'construct the processor with `missing_bands="mean"` if the model was trained with dropped bands.'
             )
         if missing:
             logger.warning_once(f"`{name}` lacks the bands {missing}; they are filled with their mean.")
-        if list(given) == wanted:
+        if given == wanted:
             return None
         return [given.index(band) if band in given else None for band in wanted]
 
@@ -479,7 +490,8 @@ class MapexImageProcessor(BaseImageProcessor):
         patch = self.modalities[name]["patch_size"]
         nearest = tuple(max(patch, int(side / patch + 0.5) * patch) for side in given)
         if wanted is not None:
-            if len(wanted) != 2 or any(side < patch or side % patch for side in wanted):
+            whole = isinstance(wanted, (list, tuple)) and all(isinstance(side, (int, np.integer)) for side in wanted)
+            if not whole or len(wanted) != 2 or any(side < patch or side % patch for side in wanted):
                 raise ValueError(f"`size` of `{name}` must be two multiples of its patch size {patch}, got {wanted}.")
             return tuple(wanted)
         if nearest != tuple(given) and not self.do_resize:
@@ -568,6 +580,7 @@ class MapexImageProcessor(BaseImageProcessor):
         holes = ~stacked[:, 0].isfinite()
         for sentinel in sentinels:
             holes |= stacked[:, 0] == sentinel
+        valid &= ~holes  # also where a code of the layer was named as nodata
         strange = stacked[:, 0][~valid & ~holes].unique().tolist()
         if strange:
             raise ValueError(
@@ -597,14 +610,17 @@ def _per_band(values: list[float], dtype: torch.dtype = torch.float32) -> torch.
 
 def _to_float(images: list[np.ndarray | torch.Tensor]) -> torch.Tensor:
     """Images of one shape to a new float32 tensor `(images, channels, height, width)` on the CPU."""
+    for image in images:
+        if image.is_complex() if isinstance(image, torch.Tensor) else image.dtype.kind not in "fiub":
+            raise TypeError(f"Pixels must be real numbers, got {image.dtype}.")
     if all(isinstance(image, torch.Tensor) for image in images):
         return torch.stack([image.detach() for image in images]).to("cpu", torch.float32)
-    arrays = [image.numpy(force=True) if isinstance(image, torch.Tensor) else image for image in images]
-    if arrays[0].dtype.kind not in "fiub":
-        raise TypeError(f"Pixels must be numbers, got an array of {arrays[0].dtype}.")
+    # Through float32, for numpy has no bfloat16.
+    arrays = [image.float().numpy(force=True) if isinstance(image, torch.Tensor) else image for image in images]
     result = np.empty((len(arrays), *arrays[0].shape), dtype=np.float32)
-    for index, array in enumerate(arrays):
-        result[index] = array  # casts while copying
+    with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite: no data
+        for index, array in enumerate(arrays):
+            result[index] = array  # casts while copying
     return torch.from_numpy(result)
 
 
@@ -622,7 +638,7 @@ def _resize(
 
 def save_image_processor(config, directory: str | os.PathLike) -> None:
     """Put the processor of a model beside its weights, if the configuration has the statistics for it. One that is
-    there for the same bands, perhaps with options of the user's, is left alone.
+    there for the same bands and patches, perhaps with options of the user's, is left alone.
     """
     if any(None in (spec.get("mean") or [None]) + (spec.get("std") or [None]) for spec in config.modalities.values()):
         return
@@ -630,11 +646,13 @@ def save_image_processor(config, directory: str | os.PathLike) -> None:
     file = Path(directory) / IMAGE_PROCESSOR_NAME
     if file.is_file():
         found = json.loads(file.read_text()).get("modalities", {})
-        if {name: spec.get("bands") for name, spec in found.items()} == {
-            name: spec["bands"] for name, spec in processor.modalities.items()
-        }:
+        if _shapes(found) == _shapes(processor.modalities):
             return
     processor.save_pretrained(directory)
+
+
+def _shapes(modalities: dict[str, dict[str, Any]]) -> dict[str, tuple]:
+    return {name: (spec.get("bands"), spec.get("patch_size")) for name, spec in modalities.items()}
 
 
 def terrain_slope(elevation: np.ndarray | torch.Tensor, gsd: float) -> torch.Tensor:
@@ -648,9 +666,13 @@ def terrain_slope(elevation: np.ndarray | torch.Tensor, gsd: float) -> torch.Ten
     Returns:
         `torch.Tensor` of the same shape, float32.
     """
+    if isinstance(elevation, np.ndarray):
+        # A copy in native byte order: torch takes no other, and warns of read-only memory.
+        elevation = np.ma.filled(elevation.astype(np.float32), np.nan)
     elevation = torch.as_tensor(elevation).float()
     down, right = torch.gradient(elevation, spacing=float(gsd), dim=(-2, -1))
-    return torch.rad2deg(torch.atan(torch.hypot(down, right)))
+    slope = torch.rad2deg(torch.atan(torch.hypot(down, right)))
+    return slope.masked_fill(elevation.isnan(), torch.nan)  # a central difference passes over the pixel itself
 
 
 MapexImageProcessor.register_for_auto_class()

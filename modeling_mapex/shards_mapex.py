@@ -131,7 +131,7 @@ class ShardSchema:
             "modalities": self.modalities,
             "labels": self.labels,
         }
-        return pa.schema(columns, metadata={_SCHEMA_KEY: json.dumps(description, sort_keys=True)})
+        return pa.schema(columns, metadata={_SCHEMA_KEY: json.dumps(description)})
 
     @classmethod
     def from_arrow(cls, schema, where: str = "this file") -> "ShardSchema":

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -147,6 +147,7 @@ def write_shards(
             partial.rmdir()
         raise
     finally:
+        writer.thread.shutdown()
         if bar:
             bar.close()
     paths = sorted(partial.glob("*.parquet"))
@@ -255,6 +256,8 @@ class _ShardWriter:
         self.pixels = [name for name in self.arrow_schema.names if self.arrow_schema.field(name).type == "large_binary"]
         self.parquet_writer = pq.ParquetWriter
         self.index, self.writer = 0, None
+        # Arrow writes without holding the interpreter, so one row group is written while the next is read.
+        self.thread, self.pending = ThreadPoolExecutor(1), None
         self._reset()
         for stale in folder.glob("*.part"):
             stale.unlink()
@@ -296,9 +299,18 @@ class _ShardWriter:
                 use_dictionary=[name for name in self._leaves() if name.endswith(("__crs", "place"))],
                 write_statistics=False,
             )
-        self.writer.write_table(pa.Table.from_pylist(self.rows, schema=self.arrow_schema))
+        self._wait()
+        self.pending = self.thread.submit(
+            lambda rows: self.writer.write_table(pa.Table.from_pylist(rows, schema=self.arrow_schema)), self.rows
+        )
         self.file_bytes += self.row_bytes
         self.rows, self.row_bytes = [], 0
+
+    def _wait(self) -> None:
+        """For the row group that is being written; raises what went wrong with it."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def _leaves(self) -> list[str]:
         """Column paths as parquet counts them."""
@@ -310,6 +322,7 @@ class _ShardWriter:
             return
         if self.rows or self.writer is None:
             self._write_row_group()
+        self._wait()
         self.writer.add_key_value_metadata({_ITEMS_KEY: json.dumps(self.made_of)})
         self.writer.close()
         os.replace(self.path.with_suffix(".part"), self.path)
@@ -318,6 +331,7 @@ class _ShardWriter:
         self._reset()
 
     def abandon(self) -> None:
+        self.thread.shutdown()
         if self.writer is not None:
             self.writer.close()
         self.path.with_suffix(".part").unlink(missing_ok=True)
