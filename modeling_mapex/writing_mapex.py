@@ -300,9 +300,8 @@ class _ShardWriter:
                 write_statistics=False,
             )
         self._wait()
-        self.pending = self.thread.submit(
-            lambda rows: self.writer.write_table(pa.Table.from_pylist(rows, schema=self.arrow_schema)), self.rows
-        )
+        table = pa.Table.from_pylist(self.rows, schema=self.arrow_schema)
+        self.pending = self.thread.submit(self.writer.write_table, table)
         self.file_bytes += self.row_bytes
         self.rows, self.row_bytes = [], 0
 
