@@ -5,6 +5,7 @@ and the provenance with which a checkpoint can be pruned, and its origin told, w
 """
 
 import difflib
+import math
 import re
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
@@ -434,6 +435,13 @@ class MapexConfig(PreTrainedConfig):
                     raise ValueError(
                         f"`{key}` of modality `{name}` needs {len(bands)} values, one a band, got {len(spec[key])}."
                     )
+            deviations = [value for value in spec.get("std") or [] if value is not None]
+            numbers = [value for value in spec.get("mean") or [] if value is not None] + deviations
+            if not all(math.isfinite(value) for value in numbers) or not all(value > 0 for value in deviations):
+                raise ValueError(
+                    f"`mean` and `std` of modality `{name}` must be finite, and `std` above 0, got "
+                    f"{spec.get('mean')} and {spec.get('std')}."
+                )
 
     def validate_objective(self):
         """Raise `ValueError` for a probability, share or coefficient out of range."""

@@ -159,8 +159,10 @@ class MapexImageProcessor(BaseImageProcessor):
                     f"Modality `{name}` has no `{key}`. Put one value a band, in its `unit`, into "
                     f'`config.modalities["{name}"]`; `conversion/compute_statistics.py` computes them from shards.'
                 )
-        if min(spec["std"]) <= 0:
-            raise ValueError(f"`std` of `{name}` must be above 0, got {spec['std']}.")
+        if not min(spec["std"]) > 0 or not np.isfinite([*spec["mean"], *spec["std"]]).all():
+            raise ValueError(
+                f"`mean` and `std` of `{name}` must be finite, and `std` above 0: {spec['mean']}, {spec['std']}."
+            )
         return spec
 
     def preprocess(
@@ -269,6 +271,9 @@ class MapexImageProcessor(BaseImageProcessor):
         result = {}
         for name, pixels in pixel_values.items():
             spec = self.modalities[name]
+            pixels = torch.as_tensor(pixels)
+            if pixels.ndim < 3:
+                raise ValueError(f"`{name}` must be (..., channels, height, width), got {tuple(pixels.shape)}.")
             if pixels.shape[-3] != len(spec["bands"]):
                 raise ValueError(f"`{name}` has the bands {spec['bands']}, got {pixels.shape[-3]} channels.")
             if self.do_normalize:
@@ -304,6 +309,8 @@ class MapexImageProcessor(BaseImageProcessor):
         if value is None:
             return None
         if isinstance(value, (list, tuple)):
+            if any(isinstance(entry, (str, os.PathLike)) for entry in value):
+                raise TypeError(f"`{name}` must hold pixels, got file names: read them first, with rasterio or PIL.")
             if all(entry is None or hasattr(entry, "shape") or _is_pil(entry) for entry in value):
                 return [None if entry is None else self._image(name, entry) for entry in value]
             try:
@@ -383,16 +390,17 @@ class MapexImageProcessor(BaseImageProcessor):
                 pixels, valid = self._one_hot(name, stacked, sentinels)
             else:
                 pixels, valid = self._physical(name, stacked, channels, unit, dn_offset, sentinels)
+            if (height, width) != shape[1:]:
+                pixels, valid = _resize(pixels, valid, (height, width))
             if valid is not None:
                 some = valid.flatten(1).any(dim=1).tolist()
                 hollow = [index for index, any_valid in zip(indices, some) if not any_valid]
                 if hollow:
+                    resized = " after resizing" if (height, width) != shape[1:] else ""
                     raise ValueError(
-                        f"`{name}` of samples {hollow} (counting those that have it) has not one valid pixel: all are "
-                        f"NaN or nodata ({sentinels}). Pass None in its place, so that it counts as absent."
+                        f"`{name}` of samples {hollow} (counting those that have it) has not one valid pixel{resized}: "
+                        f"all are NaN or nodata ({sentinels}). Pass None in its place, so that it counts as absent."
                     )
-            if (height, width) != shape[1:]:
-                pixels, valid = _resize(pixels, valid, (height, width))
             if valid is None:
                 valid = torch.ones(len(pixels), height, width, dtype=torch.bool)
             parts[shape] = (indices, pixels, valid)
@@ -436,12 +444,11 @@ class MapexImageProcessor(BaseImageProcessor):
         given = list(given)
         if len(given) != count:
             raise ValueError(f"`bands` names {len(given)} channels of `{name}`, {given}, but the image has {count}.")
-        known = [
-            *wanted,
-            *(band for band in (SENSORS[name].band_names if name in SENSORS else ()) if band not in wanted),
-        ]
-        select_bands(name, known, given)
+        select_bands(name, given, given)  # refuses a band that is named twice
         missing = [band for band in wanted if band not in given]
+        if missing:  # by a typo, perhaps
+            registered = SENSORS[name].band_names if name in SENSORS else []
+            select_bands(name, [*wanted, *(band for band in registered if band not in wanted)], given)
         if missing and self.missing_bands == "raise":
             kept = [band for band in wanted if band in given]
             fix = f'prune it for what you have, `model.prune_for_modalities({{"{name}": {kept}}})`, and take the '
@@ -469,22 +476,21 @@ class MapexImageProcessor(BaseImageProcessor):
                 f'`dn_offset` into `config.modalities["{name}"]`.'
             )
         if dn_offset is not None and unit != "dn":
-            raise ValueError(
-                f'`dn_offset` of `{name}` is not used with the unit `{unit}`: pass `units={{"{name}": "dn"}}`.'
-            )
+            fix = f'pass `units={{"{name}": "dn"}}`' if "dn" in accepted else "leave it out"
+            raise ValueError(f"`dn_offset` of `{name}` is not used with the unit `{unit}`: {fix}.")
         return unit
 
     def _gsd(self, name: str, given: float | list[float] | None, count: int) -> np.ndarray:
         """Metres per pixel of each of `count` images."""
-        values = np.atleast_1d(np.asarray(self.modalities[name]["gsd"] if given is None else given, dtype=np.float64))
-        if not np.isfinite(values).all() or values.min() <= 0:
+        values = np.atleast_1d(np.asarray(self.modalities[name]["gsd"] if given is None else given))
+        if values.ndim > 1 or values.dtype.kind not in "fiu" or not np.isfinite(values).all() or values.min() <= 0:
             raise ValueError(f"`gsd` of `{name}` must be metres per pixel above 0, got {given}.")
         if len(values) not in (1, count):
             raise ValueError(
                 f"`gsd` of `{name}` has {len(values)} values for {count} images: one for all, or one for each that is "
                 "there."
             )
-        return np.broadcast_to(values, count)
+        return np.broadcast_to(values.astype(np.float64), count)
 
     def _size(self, name: str, given: tuple[int, int], wanted: tuple[int, int] | None) -> tuple[int, int]:
         patch = self.modalities[name]["patch_size"]
@@ -638,21 +644,15 @@ def _resize(
 
 def save_image_processor(config, directory: str | os.PathLike) -> None:
     """Put the processor of a model beside its weights, if the configuration has the statistics for it. One that is
-    there for the same bands and patches, perhaps with options of the user's, is left alone.
+    there for the same modalities, perhaps with options of the user's, is left alone.
     """
     if any(None in (spec.get("mean") or [None]) + (spec.get("std") or [None]) for spec in config.modalities.values()):
         return
     processor = MapexImageProcessor.from_config(config)
     file = Path(directory) / IMAGE_PROCESSOR_NAME
-    if file.is_file():
-        found = json.loads(file.read_text()).get("modalities", {})
-        if _shapes(found) == _shapes(processor.modalities):
-            return
+    if file.is_file() and json.loads(file.read_text()).get("modalities") == processor.modalities:
+        return
     processor.save_pretrained(directory)
-
-
-def _shapes(modalities: dict[str, dict[str, Any]]) -> dict[str, tuple]:
-    return {name: (spec.get("bands"), spec.get("patch_size")) for name, spec in modalities.items()}
 
 
 def terrain_slope(elevation: np.ndarray | torch.Tensor, gsd: float) -> torch.Tensor:

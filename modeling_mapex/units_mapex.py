@@ -22,7 +22,7 @@ _PLAUSIBLE = {
     "linear": (0.0, 1e6),
     "metres": (-12_000.0, 9_000.0),
     "degrees": (0.0, 90.0),
-    "uint8": (0.0, 255.0),
+    "uint8": (-30.0, 285.0),  # resampling overshoots
 }
 _IMPLAUSIBLE_SHARE = 0.01
 
@@ -46,7 +46,9 @@ def check_range(name: str, unit: str, values: torch.Tensor, low: float, high: fl
         share = ((values < least) | (values > most)).float().mean().item()
         if share > _IMPLAUSIBLE_SHARE:
             fix = {
-                "reflectance": f'They look like digital numbers: pass `units={{"{name}": "dn"}}`.',
+                "reflectance": f'They look like digital numbers: pass `units={{"{name}": "dn"}}`.'
+                if high > 250
+                else "They look like percent: divide by 100.",
                 "linear": f'They look like decibel: pass `units={{"{name}": "db"}}`.',
             }.get(unit, "State their unit with `units`, convert them, or say with `nodata` what marks missing data.")
             raise ValueError(
@@ -55,11 +57,12 @@ def check_range(name: str, unit: str, values: torch.Tensor, low: float, high: fl
             )
     # What follows could be true of a single pixel by chance; of all pixels of a batch hardly.
     varied = low != high
-    if unit == "dn" and varied and 0.0 < high < 3.0:
+    fractions = high < 3.0 and bool((values != values.round()).any())
+    if unit == "dn" and varied and high > 0.0 and fractions:
         looks = f'reach no more than {high:g}. They look like reflectance: pass `units={{"{name}": "reflectance"}}`.'
     elif unit == "db" and varied and low >= 0.0:
         looks = f'are all above 0 and reach {high:g}. They look like linear power: pass `units={{"{name}": "linear"}}`.'
-    elif unit == "uint8" and high <= 1.0 and bool((values != values.round()).any()):
+    elif unit == "uint8" and high <= 1.0 and fractions:
         looks = f"reach no more than {high:g}. They look like values scaled to 0 .. 1: multiply them by 255."
     else:
         return

@@ -56,6 +56,8 @@ def modality(**changes):
         (modality(patchsize=4), r"unknown keys \['patchsize'\]"),
         (modality(target_groups=[["VV"]]), "`target_groups` of modality `radar`"),
         (modality(mean=[0.0]), "`mean` of modality `radar` needs 2 values"),
+        (modality(mean=[0.0, float("nan")]), "`mean` and `std` of modality `radar` must be finite"),
+        (modality(std=[1.0, 0.0]), "`std` above 0, got None and"),
         ({"modalities": {"radar": {"bands": ["VV"]}}}, r"lacks \['gsd', 'patch_size'\]"),
         ({"expert_statistics": {"sonar": {}}}, "names modality `sonar`"),
         ({"expert_statistics": {"radar": {"usage": [[1.0]]}}}, "needs `usage` for 2 layers x 4 experts"),
