@@ -56,10 +56,9 @@ class MapexCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
-        samples = [self._augment(sample) for sample in samples]
-        groups: dict[tuple, list[int]] = {}
-        for index, sample in enumerate(samples):
-            groups.setdefault(_description(sample), []).append(index)
+        if self.crop_size is not None or self.flip or self.modality_dropout:
+            samples = [self._augment(sample) for sample in samples]
+        groups = _group(samples)
         parts = [(indices, self._process([samples[index] for index in indices])) for indices in groups.values()]
         batch = parts[0][1] if len(parts) == 1 else _merge(parts, len(samples))
         if self.band_dropout:
@@ -124,9 +123,16 @@ def _label_dtype(value: np.ndarray) -> type:
     return np.float32 if value.ndim == 1 or value.dtype.kind == "f" else np.int64
 
 
-def _description(sample: dict[str, Any]) -> tuple:
-    """What the processor must be told, so that samples of one description go through it together."""
-    return tuple((name, repr(sensor)) for name, sensor in sorted(sample["sensors"].items()))
+def _group(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Positions of the samples of one description: what the processor must be told is the same for them."""
+    groups: dict[str, list[int]] = {}
+    descriptions: dict[int, str] = {}  # samples of one data set share the very same dictionary
+    for index, sample in enumerate(samples):
+        sensors = sample["sensors"]
+        if id(sensors) not in descriptions:
+            descriptions[id(sensors)] = repr(sorted(sensors.items()))
+        groups.setdefault(descriptions[id(sensors)], []).append(index)
+    return groups
 
 
 def _merge(parts: list[tuple[list[int], MapexBatchFeature]], batch_size: int) -> MapexBatchFeature:

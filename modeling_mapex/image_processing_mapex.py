@@ -554,11 +554,12 @@ class MapexImageProcessor(BaseImageProcessor):
             scale = spec["dn_scale"]
             offset = spec.get("dn_offset", 0.0) if dn_offset is None else dn_offset
         if "clip" in spec:
-            bounds = [((low - offset) / scale, (high - offset) / scale) for low, high in spec["clip"]]
-            if len(set(bounds)) == 1:
-                pixels.clamp_(*bounds[0])
-            else:
-                pixels.clamp_(_per_band([low for low, _ in bounds]), _per_band([high for _, high in bounds]))
+            least = [(bound - offset) / scale for bound, _ in spec["clip"]]
+            most = [(bound - offset) / scale for _, bound in spec["clip"]]
+            if len(set(least)) > 1 or len(set(most)) > 1:
+                pixels.clamp_(_per_band(least), _per_band(most))
+            elif unit == "linear" or low < least[0] or high > most[0]:  # most images need no clipping
+                pixels.clamp_(least[0], most[0])
         if self.do_normalize:
             mean = (_per_band(spec["mean"], torch.float64) - offset) / scale
             factor = scale / _per_band(spec["std"], torch.float64)
