@@ -200,6 +200,9 @@ def main(args: Arguments) -> None:
     }
     # Snow is twenty times as bright as forest: in logarithms, as radar's dB already are, it does not drown the rest.
     images["s2"] = images["s2"].clamp_min(1.0).log()
+    for key in ("clip", "nodata", "dn_scale", "dn_offset"):  # the registry's, of reflectance
+        del config.modalities["s2"][key]
+    config.modalities["s2"]["unit"] = "logarithm of digital numbers"
     for name, image in images.items():
         mean, std = image[trained_on].mean(dim=(0, 2, 3)), image[trained_on].std(dim=(0, 2, 3))
         config.modalities[name].update(mean=mean.tolist(), std=std.tolist())
