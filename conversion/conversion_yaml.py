@@ -42,6 +42,23 @@ def check_keys(where: str, mapping: Any, required: Iterable[str], optional: Iter
         raise ValueError(f"{where} lacks {lacking}. It needs {required} and takes {optional}.")
 
 
+def load_sections(path: str, optional: Iterable[str]) -> dict[str, Any]:
+    """A description with its `modalities` and `labels` (none, if it has none), each a mapping from name to description.
+
+    Raises:
+        OSError, ValueError: as [`load_description`]; a key that is neither these nor `optional`.
+    """
+    description = load_description(path)
+    check_keys(path, description, ["modalities"], ["title", "labels", *optional])
+    description.setdefault("labels", {})
+    for part in ("modalities", "labels"):
+        if not isinstance(description[part], dict):
+            raise ValueError(f"{path}: `{part}` must hold names with a description each, is {description[part]!r}.")
+    if not description["modalities"]:
+        raise ValueError(f"{path}: `modalities` is empty.")
+    return description
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

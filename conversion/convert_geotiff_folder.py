@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from conversion_common import ConversionArguments, Plan, Source, run, source_folder
 from conversion_reading import check_same_ground, missing_file, present, read_header, read_raster, read_size
-from conversion_yaml import check_keys, check_sensor, check_values, class_names, load_description
+from conversion_yaml import check_keys, check_sensor, check_values, class_names, load_sections
 
 from modeling_mapex import SENSORS
 from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema
@@ -43,14 +43,7 @@ class GeoTiffArguments(ConversionArguments):
 
 def load(path: str) -> dict[str, Any]:
     """The description, checked as far as that goes without files."""
-    description = load_description(path)
-    check_keys(path, description, ["modalities"], ["title", "labels", "place", "place_regex"])
-    description.setdefault("labels", {})
-    for part in ("modalities", "labels"):
-        if not isinstance(description[part], dict):
-            raise ValueError(f"{path}: `{part}` must hold names with a description each, is {description[part]!r}.")
-    if not description["modalities"]:
-        raise ValueError(f"{path}: `modalities` is empty.")
+    description = load_sections(path, ["place", "place_regex"])
     for name, spec in description["modalities"].items():
         where = f"{path}: modality `{name}`"
         check_keys(where, spec, ["pattern", "bands", "unit"], [*FILE_KEYS, "nodata", "sensor", "dn_offset"])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from conversion_common import ConversionArguments, Plan, Source, run
 from conversion_reading import check_same_ground, crop, present
-from conversion_yaml import check_keys, check_sensor, check_values, class_names, load_description
+from conversion_yaml import check_keys, check_sensor, check_values, class_names, load_sections
 
 from modeling_mapex import SENSORS
 from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema
@@ -60,12 +60,7 @@ def load_array(path: str, name: str) -> np.ndarray:
 
 def load(path: str) -> dict[str, Any]:
     """The description, checked as far as that goes without the arrays."""
-    description = load_description(path)
-    check_keys(path, description, ["modalities"], ["title", "labels", "id", "place"])
-    description.setdefault("labels", {})
-    for part in ("modalities", "labels"):
-        if not isinstance(description[part], dict):
-            raise ValueError(f"{path}: `{part}` must hold names with a description each, is {description[part]!r}.")
+    description = load_sections(path, ["id", "place"])
     for name, spec in description["modalities"].items():
         where = f"{path}: modality `{name}`"
         check_keys(where, spec, ["array", "bands", "unit", "gsd"], ["channels", "nodata", "sensor", "dn_offset"])
