@@ -66,6 +66,11 @@ _MODALITY_KEYS = {
 _GROUPED_MM_MULTIPLE = 8  # grouped_mm needs rows of 16 bytes: 8 elements in bf16
 
 
+def _describes_sensors(modalities) -> bool:
+    """Whether `modalities` say what sensors are, as in a configuration; else they choose among those there are."""
+    return isinstance(modalities, dict) and all(isinstance(spec, dict) for spec in modalities.values())
+
+
 @strict
 class MapexConfig(PreTrainedConfig):
     r"""Configuration of a MAPEX model.
@@ -128,6 +133,9 @@ class MapexConfig(PreTrainedConfig):
             `gate`, `saliency` (and `subset_error`, if asked for).
         pruning (`dict`, *optional*):
             Provenance of a pruned checkpoint, written by `prune_for_modalities`.
+        card_data (`dict`, *optional*):
+            Entries of the model card's head that outlive pruning and fine-tuning: `license`, `datasets`, `tags`,
+            `language`, or any other of the Hub's.
 
     Raises:
         ValueError: an unknown field, an impossible dimension, or a modality that is not well described.
@@ -201,6 +209,7 @@ class MapexConfig(PreTrainedConfig):
 
     expert_statistics: dict[str, dict[str, Any]] | None = None
     pruning: dict[str, Any] | None = None
+    card_data: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         self.refuse_unknown_fields(kwargs)
@@ -231,8 +240,27 @@ class MapexConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`. Keys of a file that are no fields, written by another version or a library,
         are kept as attributes with a warning, since an old checkpoint must stay readable.
+
+        Raises:
+            ValueError: the configuration of another kind of model, or `modalities` that choose instead of describing,
+                which only a model can follow.
         """
-        unknown = {name: value for name, value in config_dict.items() if not cls._knows(name)}
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"This is the configuration of a `{model_type}` model, not of a `{cls.model_type}` one.")
+        choice = kwargs.get("modalities")
+        if choice is not None and not _describes_sensors(choice):
+            if not kwargs.get("return_unused_kwargs"):
+                raise ValueError(
+                    f"`modalities={choice!r}` chooses what to keep, which takes weights: give it to `from_pretrained` "
+                    "of a model, or describe the sensors in full."
+                )
+            # An Auto class asks the configuration first: this is for the model, which prunes while it loads.
+            config, unused = cls.from_dict(
+                config_dict, **{name: value for name, value in kwargs.items() if name != "modalities"}
+            )
+            return config, {**unused, "modalities": choice}
+        unknown = {name: value for name, value in config_dict.items() if not cls.is_field(name)}
         if kwargs.get("modalities") is not None:  # set after construction, which would sort them
             kwargs["modalities"] = dict(sorted(kwargs["modalities"].items()))
         result = super().from_dict({key: config_dict[key] for key in config_dict if key not in unknown}, **kwargs)
@@ -247,7 +275,8 @@ class MapexConfig(PreTrainedConfig):
         return result
 
     @classmethod
-    def _knows(cls, name: str) -> bool:
+    def is_field(cls, name: str) -> bool:
+        """Whether a configuration takes `name`: its own fields, and what transformers adds to them."""
         return name in _LIBRARY_KEYS or name in {field.name for field in fields(cls)}
 
     @classmethod
@@ -257,7 +286,7 @@ class MapexConfig(PreTrainedConfig):
         """
         known = {field.name for field in fields(cls)}
         for name in kwargs:
-            if cls._knows(name):
+            if cls.is_field(name):
                 continue
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""

@@ -4,14 +4,18 @@ methods that calibrate and prune it. Experts and attention stay in this file bec
 module of the `PreTrainedModel`; what has no weights lives in the sibling modules.
 """
 
+import copy
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -27,6 +31,7 @@ from transformers.utils.hub import resolve_revision
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .calibration_mapex import ExpertRecorder
+from .checkpoint_mapex import Repository, group_by_modality, open_pruned, staged, upload_checkpoint
 from .configuration_mapex import AUTO_MAP, MapexConfig
 from .losses_mapex import (
     entropy_floor_loss,
@@ -46,8 +51,12 @@ from .masking_mapex import (
     num_visible_tokens,
     sample_visible_tokens,
 )
-from .pruning_mapex import PrunedCheckpoint, prune
+from .pruning_mapex import PrunedCheckpoint, plan_pruning, prune
 from .tokens_mapex import TokenLayout, check_inputs, sincos_embedding, token_layout, token_positions
+
+
+# Keywords of `from_pretrained` that are fields of the configuration too, but of which transformers makes more.
+_MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
 
 
 @dataclass
@@ -558,30 +567,213 @@ class MapexPreTrainedModel(PreTrainedModel):
             init.normal_(module.mask_token, mean=0.0, std=std)
 
     _source_revision: str | None = None  # commit of the repository that this model was loaded from
+    training_record: dict[str, Any] | None = None  # metrics and hyperparameters for the model card, from MapexTrainer
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, revision: str = "main", **kwargs):
-        """As `PreTrainedModel.from_pretrained`; remembers the commit that was loaded, for the provenance of pruning."""
-        places = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
-        revision = resolve_revision(pretrained_model_name_or_path, revision, **places)
-        result = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        modalities: list[str] | dict[str, list[str] | None] | None = None,
+        coverage: float | None = None,
+        experts_per_layer: int | list[int] | None = None,
+        criterion: str | None = None,
+        seed: int | None = None,
+        revision: str = "main",
+        **kwargs,
+    ):
+        """As `PreTrainedModel.from_pretrained`, whole or pruned while loading. Opens safetensors only.
+
+        With `modalities` the model is the one that `prune_for_modalities` would make of the whole one, bit for bit, but
+        only what it keeps is read; of a checkpoint saved with `shard_by_modality=True`, only files that hold something
+        of it are downloaded.
+
+        Args:
+            modalities, coverage, experts_per_layer, criterion, seed:
+                As in `prune_for_modalities`. The checkpoint must have expert statistics.
+            revision (`str`): Branch, tag or commit. The commit is remembered, for the provenance of pruning.
+            kwargs: As everywhere in transformers: `dtype`, `device_map`, `token`, `num_labels`, ...
+
+        Raises:
+            OSError: no safetensors weights, files that are missing or damaged, or a repository out of reach.
+            ValueError: modalities or bands that the checkpoint lacks or has no statistics for, options of pruning
+                without `modalities`, or an index that names files outside the checkpoint.
+        """
+        plan = {
+            "coverage": coverage,
+            "experts_per_layer": experts_per_layer,
+            "criterion": criterion,
+            "seed": seed,
+        }
+        plan = {name: value for name, value in plan.items() if value is not None}
+        if plan and modalities is None:
+            raise ValueError(f"{sorted(plan)} say how to prune, but `modalities` does not say for what.")
+        hub = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        revision = resolve_revision(pretrained_model_name_or_path, revision, **hub)
+        hub.update({name: kwargs[name] for name in ("force_download", "proxies") if name in kwargs}, revision=revision)
+        repository = None
+        if pretrained_model_name_or_path is not None:
+            layout = {"subfolder": kwargs.get("subfolder", ""), "variant": kwargs.get("variant")}
+            repository = Repository(pretrained_model_name_or_path, **layout, **hub)
+            if kwargs.setdefault("use_safetensors", True) is False:
+                raise OSError(repository.no_weights())
+        try:
+            if modalities is None:
+                if repository is not None and os.path.isdir(repository.name):
+                    repository.find_weights()  # transformers would follow the index of a folder to anywhere
+                kwargs["revision"] = revision
+                result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            else:
+                result = cls._from_pretrained_pruned(repository, modalities, plan, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(repository.damaged() or str(error)) from error
         model = result[0] if isinstance(result, tuple) else result  # a tuple with output_loading_info=True
         model._source_revision = getattr(revision, "resolved", None)  # None for a local folder
         return result
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As `PreTrainedModel.save_pretrained`. The code travels with the weights, so the saved configuration refers
-        to the copy beside it, also when this model was itself loaded from a repository with code. Weights are written
-        one key per expert, also when this model was loaded from a file that had them stacked. The image processor
-        is saved beside them if the configuration has the statistics of all modalities.
-        """
-        from .image_processing_mapex import save_image_processor  # stands right of this module, hence imported here
+    @classmethod
+    def _from_pretrained_pruned(cls, repository: Repository, modalities, plan: dict[str, Any], *args, **kwargs):
+        """`from_pretrained` with `modalities`: plan from the configuration, hand over tensors that are read late."""
+        if repository is None or kwargs.get("state_dict") is not None:
+            raise ValueError("`modalities` prunes a stored checkpoint: give a folder or a repository, no `state_dict`.")
+        refused = [name for name in ("gguf_file", "key_mapping") if kwargs.get(name) is not None]
+        if refused:
+            raise ValueError(f"{refused} cannot be combined with `modalities`: load the whole model, then prune it.")
+        for name in (*repository.hub, "subfolder", "variant", "use_safetensors"):
+            kwargs.pop(name, None)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            fields = [
+                name for name in kwargs if cls.config_class.is_field(name) and name not in ("dtype", "torch_dtype")
+            ]
+            config = cls.config_class.from_pretrained(
+                config or repository.name,
+                subfolder=repository.subfolder,
+                **repository.hub,
+                **{name: kwargs.pop(name) for name in fields},
+            )
+        config = copy.deepcopy(config)
+        config._name_or_path = repository.name
+        pruned = plan_pruning(
+            config,
+            modalities,
+            revision=getattr(repository.hub["revision"], "resolved", None),
+            parameters_before=cls._count_parameters(config),
+            **plan,
+        )
+        pruned.pruning["parameters_after"] = cls._count_parameters(pruned)
+        ignored = cls._keys_to_ignore_on_load_unexpected or []
+        in_place = not kwargs.pop("disable_mmap", False)
+        with open_pruned(repository, config, pruned, ignored, in_place=in_place) as tensors:
+            if pruned.dtype is None:
+                pruned.dtype = next(iter(tensors.values()))[...].dtype
+            result = super().from_pretrained(None, *args, config=pruned, state_dict=tensors, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model.config._name_or_path = repository.name
+        return result
 
-        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
-            save_image_processor(self.config, save_directory)
-        self.config.auto_map = dict(AUTO_MAP)
+    @classmethod
+    def _count_parameters(cls, config: MapexConfig) -> int:
+        """Parameters of a model of this class, without making it."""
+        with init.no_init_weights(), torch.device("meta"):
+            return sum(tensor.numel() for tensor in cls(copy.deepcopy(config)).state_dict().values())
+
+    def save_pretrained(
+        self,
+        save_directory,
+        *args,
+        shard_by_modality: bool = False,
+        coverage: float | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
+        """As `PreTrainedModel.save_pretrained`: weights with one key per expert, configuration, code, image processor
+        (if the configuration has the statistics of all modalities) and model card (unless there is one that was
+        edited). All is written before anything of an earlier checkpoint is replaced.
+
+        Args:
+            shard_by_modality (`bool`):
+                Whether to write files by the modalities that need them, see [`group_by_modality`], of which
+                `from_pretrained(modalities=...)` downloads and reads only some.
+            coverage (`float`, *optional*):
+                With `shard_by_modality`: how much of a modality's mass the experts cover that it needs; 0.95 by
+                default, as in `prune_for_modalities`.
+            push_to_hub (`bool`):
+                Whether to upload the folder afterwards, with the arguments of [`~MapexPreTrainedModel.push_to_hub`]
+                (`repo_id`, `private`, `commit_message`, ...).
+            kwargs: As everywhere in transformers: `max_shard_size`, `variant`, `state_dict`, ...
+
+        Raises:
+            ValueError: options that do not go together, or `shard_by_modality` without expert statistics.
+            OSError: a folder that cannot be written.
+        """
+        # They stand right of this module, hence are imported here.
+        from .image_processing_mapex import save_image_processor
+        from .modelcard_mapex import write_model_card
+
+        if coverage is not None and not shard_by_modality:
+            raise ValueError("`coverage` says how to arrange files by modality: give `shard_by_modality=True` with it.")
+        has_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        if shard_by_modality and (has_adapters or kwargs.get("distributed_checkpoint")):
+            raise ValueError(
+                "`shard_by_modality` arranges the weights of a whole model: merge adapters first, and save without "
+                "`distributed_checkpoint`."
+            )
+        push = {name: kwargs.pop(name) for name in signature(upload_checkpoint).parameters if name in kwargs}
+        if push and not push_to_hub and set(push) != {"token"}:  # transformers takes a token in either case
+            raise ValueError(f"{sorted(push)} say how to push: give `push_to_hub=True` with them.")
+        self.config.auto_map = dict(AUTO_MAP)  # to the code beside the weights, wherever this model came from
         self._weight_conversions = None  # else transformers repeats the layout of the file it was loaded from
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+
+        variant = kwargs.get("variant")
+        with staged(save_directory, variant) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            if shard_by_modality:
+                options = {} if coverage is None else {"coverage": coverage}
+                if "max_shard_size" in kwargs:
+                    options["max_shard_size"] = kwargs["max_shard_size"]
+                group_by_modality(folder, self.config, variant=variant, **options)
+        save_image_processor(self.config, save_directory)
+        write_model_card(self, save_directory)
+        if push_to_hub:
+            push.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            push["write_card"] = lambda repo_id: write_model_card(self, save_directory, repo_id=repo_id)
+            upload_checkpoint(save_directory, **push)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        shard_by_modality: bool = False,
+        coverage: float | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+        **kwargs,
+    ):
+        """Save as [`~MapexPreTrainedModel.save_pretrained`] does and upload to the Hub, in one commit. Weight files of
+        an earlier push that are not of this one are deleted in it; a model card that was edited on the Hub stays.
+
+        Args:
+            repo_id (`str`): `"user/name"`, or a name in your own account. Made if it does not exist.
+            shard_by_modality, coverage, max_shard_size: As in `save_pretrained`.
+            tags (`list[str]`, *optional*): Added to those of the model card.
+            kwargs: `private`, `token`, `revision` (a branch, made if it does not exist), `create_pr`,
+                `commit_message`, `commit_description`.
+
+        Returns:
+            `CommitInfo` of huggingface_hub.
+        """
+        from .modelcard_mapex import write_model_card
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                folder, shard_by_modality=shard_by_modality, coverage=coverage, max_shard_size=max_shard_size
+            )
+            kwargs["write_card"] = lambda full_id: write_model_card(self, folder, tags, full_id)
+            return upload_checkpoint(folder, repo_id, **kwargs)
 
     @torch.no_grad()
     def calibrate_experts(

@@ -9,9 +9,13 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .configuration_mapex import CRITERIA, PER_BAND_KEYS
 from .sensors_mapex import select_bands
+
+
+logger = logging.get_logger(__name__)
 
 
 class _ConfigAndWeights(NamedTuple):
@@ -85,15 +89,49 @@ def prune(
     """Plan and slice; what `prune_for_modalities` documents. `config` and `state_dict` are those of the whole model,
     `revision` is the commit it was loaded from.
     """
+    pruned = plan_pruning(
+        config,
+        modalities,
+        revision=revision,
+        parameters_before=sum(tensor.numel() for tensor in state_dict.values()),
+        coverage=coverage,
+        experts_per_layer=experts_per_layer,
+        criterion=criterion,
+        seed=seed,
+    )
+    tensors = prune_state_dict(state_dict, config, pruned)
+    pruned.dtype = next(iter(tensors.values())).dtype
+    pruned.pruning["parameters_after"] = sum(tensor.numel() for tensor in tensors.values())
+    result = PrunedCheckpoint(pruned, tensors)
+    result.model_class = model_class
+    return result
+
+
+def plan_pruning(
+    config,
+    modalities: list[str] | dict[str, list[str] | None],
+    *,
+    revision: str | None,
+    parameters_before: int,
+    coverage: float = 0.95,
+    experts_per_layer: int | list[int] | None = None,
+    criterion: str = "saliency",
+    seed: int = 0,
+):
+    """The configuration of the pruned model with its provenance in `config.pruning`, all but `parameters_after`.
+
+    Args:
+        config (`MapexConfig`): Of the source, which stays as it is.
+        revision (`str`, *optional*): Commit of the repository that the source was loaded from.
+        parameters_before (`int`): Number of parameters of the source.
+        modalities, coverage, experts_per_layer, criterion, seed: As in `prune_for_modalities`.
+    """
     bands = resolve_modalities(config, modalities)
     expert_ids = plan_experts(
         config, list(bands), coverage=coverage, experts_per_layer=experts_per_layer, criterion=criterion, seed=seed
     )
     pruned = prune_config(config, bands, expert_ids)
-    tensors = prune_state_dict(state_dict, config, pruned)
-    pruned.dtype = next(iter(tensors.values())).dtype
     earlier = config.pruning or {}
-    before = sum(tensor.numel() for tensor in state_dict.values())
     pruned.pruning = {
         # Of the first model in a chain of prunings, so that pruning twice is the same as pruning once.
         "source": earlier.get("source", config._name_or_path or None),
@@ -104,12 +142,9 @@ def prune(
         "experts_per_layer": experts_per_layer,
         "seed": seed if criterion == "random" else None,
         "coverage_reached": reached_coverage(config, list(bands), expert_ids, criterion),
-        "parameters_before": earlier.get("parameters_before", before),
-        "parameters_after": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters_before": earlier.get("parameters_before", parameters_before),
     }
-    result = PrunedCheckpoint(pruned, tensors)
-    result.model_class = model_class
-    return result
+    return pruned
 
 
 def resolve_modalities(config, modalities: list[str] | dict[str, list[str] | None]) -> dict[str, list[str]]:
@@ -326,53 +361,190 @@ def prune_state_dict(state_dict: dict[str, torch.Tensor], config, pruned) -> dic
     """
     result = {}
     for key, tensor in state_dict.items():
-        sliced = prune_tensor(key, tensor, config, pruned)
-        if sliced is not None:
-            new_key, values = sliced
-            result[new_key] = values.detach().clone(memory_format=torch.contiguous_format)
+        part = kept_part(key, config, pruned)
+        if part is not None:
+            result[part.key] = part.of(tensor).detach().clone(memory_format=torch.contiguous_format)
     return result
+
+
+class KeptPart(NamedTuple):
+    """What pruning keeps of one tensor of the source model.
+
+    Attributes:
+        key (`str`): Its name in the pruned model.
+        index (`tuple`):
+            For each leading dimension the positions that are kept; `None` is all of them, and a number alone is that
+            position, without the dimension. Dimensions that are not mentioned are kept whole.
+    """
+
+    key: str
+    index: tuple[list[int] | int | None, ...] = ()
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of `tensor`; a view where that is possible."""
+        dim = 0
+        for positions in self.index:
+            if isinstance(positions, int):
+                tensor = tensor.select(dim, positions)
+                continue
+            if positions is not None:
+                tensor = tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+            dim += 1
+        return tensor
+
+    def put(self, values: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Write `values`, of the shape of `self.of(tensor)`, to where they belong in `tensor`."""
+        if not self.index:
+            tensor.copy_(values)
+            return
+        lists = [position if position is not None else range(size) for position, size in zip(self.index, tensor.shape)]
+        grids = torch.meshgrid(
+            *(torch.tensor([item] if isinstance(item, int) else list(item)) for item in lists), indexing="ij"
+        )
+        shape = grids[0].shape + tensor.shape[len(self.index) :]
+        tensor[tuple(grid.to(tensor.device) for grid in grids)] = values.to(tensor).view(shape)
 
 
 _MODALITY_KEY = re.compile(r"(?:^|\.)(patch_embeddings|heads)\.([A-Za-z0-9_]+)\.")
 _MIXTURE_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(\w+)$")
 
 
-def prune_tensor(key: str, tensor: torch.Tensor, config, pruned) -> tuple[str, torch.Tensor] | None:
-    """What becomes of one tensor of the source model: its new name and the part that is kept, or `None` if it goes.
+def kept_part(key: str, config, pruned) -> KeptPart | None:
+    """What becomes of the tensor `key` of the source model, or `None` if it goes.
 
     The rules, by name: patch embeddings and decoder heads of a modality go or stay with it, cut to its bands; rows of
     modality embeddings follow the modalities; rows of router and experts follow the expert ids; a layer left with one
     expert has no router and a plain MLP; everything else stays.
     """
-    modality_rows = [list(config.modalities).index(name) for name in pruned.modalities]
     found = _MODALITY_KEY.search(key)
     if found:
         kind, name = found.groups()
         if name not in pruned.modalities:
             return None
-        positions = select_bands(name, config.modalities[name]["bands"], pruned.modalities[name]["bands"])
-        if kind == "patch_embeddings":
-            return key, tensor[:, positions] if tensor.ndim == 4 else tensor  # weight (D, C, p, p), bias (D,)
-        per_band = tensor.unflatten(0, (len(config.modalities[name]["bands"]), -1))  # head: (C * P, ...)
-        return key, per_band[positions].flatten(0, 1)
+        spec = config.modalities[name]
+        bands = select_bands(name, spec["bands"], pruned.modalities[name]["bands"])
+        if kind == "patch_embeddings":  # weight (D, C, p, p), bias (D,)
+            weight_index = (None, _unless_all(bands, len(spec["bands"])))
+            return KeptPart(key, weight_index if key.endswith(".weight") else ())
+        pixels = spec["patch_size"] ** 2  # head: (C * P, ...)
+        rows = [band * pixels + pixel for band in bands for pixel in range(pixels)]
+        return KeptPart(key, (_unless_all(rows, len(spec["bands"]) * pixels),))
+    held_modalities = list(config.modalities)
+    modality_rows = _unless_all([held_modalities.index(name) for name in pruned.modalities], len(held_modalities))
     if key.endswith("modality_embeddings.weight"):
-        return key, tensor[modality_rows]
+        return KeptPart(key, (modality_rows,))
     found = _MIXTURE_KEY.search(key)
     if not found:
-        return key, tensor
+        return KeptPart(key)
     block, part, name = int(found.group(1)), found.group(2), found.group(3)
     layer = config.moe_layers.index(block)
     held, kept = config.expert_ids[layer], pruned.expert_ids[layer]
     rows = [held.index(expert) for expert in kept]
-    if part == "experts":
-        if len(rows) > 1:
-            return key, tensor[rows]
+    if part == "experts" and len(rows) == 1:
         plain = f"{name.removesuffix('_bias')}.{'bias' if name.endswith('_bias') else 'weight'}"
-        return key.replace(f"mlp.experts.{name}", f"mlp.{plain}"), tensor[rows[0]]
+        return KeptPart(key.replace(f"mlp.experts.{name}", f"mlp.{plain}"), (rows[0],))
     if len(rows) == 1:
         return None
-    if name == "weight":
-        return key, tensor[rows]
+    rows = _unless_all(rows, len(held))
+    if part == "experts" or name == "weight":
+        return KeptPart(key, (rows,))
     if name == "modality_shift":
-        return key, tensor[modality_rows]
-    return key, tensor[modality_rows][:, rows]  # modality_bias
+        return KeptPart(key, (modality_rows,))
+    return KeptPart(key, (modality_rows, rows))  # modality_bias
+
+
+def _unless_all(positions: list[int], count: int) -> list[int] | None:
+    """`None`, which is all, where `positions` are all of `count` in order."""
+    return None if positions == list(range(count)) else positions
+
+
+def unprune_state_dict(
+    state_dict: dict[str, torch.Tensor], config, pruned_state_dict: dict[str, torch.Tensor], pruned
+) -> dict[str, torch.Tensor]:
+    """The tensors of the whole model with those of a pruned one put back to where they came from; every one a copy.
+
+    What the pruned model does not have, such as the experts that it dropped and the routers of layers that it left one
+    expert, stays as it is in `state_dict`. A head that only one of the two models has is left alone.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`), config (`MapexConfig`): Of the whole model.
+        pruned_state_dict (`dict[str, torch.Tensor]`), pruned (`MapexConfig`): Of the pruned model.
+
+    Raises:
+        ValueError: a pruned model that cannot come from the whole one.
+    """
+    _require_descent(config, pruned)
+    result = {}
+    for key, tensor in state_dict.items():
+        result[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        part = kept_part(key, config, pruned)
+        if part is None or part.key not in pruned_state_dict:
+            continue
+        values = pruned_state_dict[part.key]
+        if values.shape != part.of(tensor).shape:
+            raise ValueError(
+                f"`{part.key}` is {tuple(values.shape)} in the pruned model, where the whole one has room for "
+                f"{tuple(part.of(tensor).shape)}. Give models of the same class with as many labels."
+            )
+        part.put(values.detach(), result[key])
+    return result
+
+
+def _require_descent(config, pruned) -> None:
+    """Raise `ValueError` where the model of `pruned` cannot have been cut from that of `config`."""
+    fields = ("hidden_size", "num_hidden_layers", "intermediate_size", "moe_layers", "num_experts")
+    fields += ("num_shared_experts", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_intermediate_size")
+    for field in fields:
+        if getattr(config, field) != getattr(pruned, field):
+            raise ValueError(
+                f"The pruned model has `{field}={getattr(pruned, field)}`, the whole one "
+                f"`{field}={getattr(config, field)}`: one was not cut from the other."
+            )
+    for name, spec in pruned.modalities.items():
+        whole = config.modalities.get(name)
+        if whole is None or not set(spec["bands"]) <= set(whole["bands"]) or spec["patch_size"] != whole["patch_size"]:
+            raise ValueError(
+                f"The pruned model has `{name}` with bands {spec['bands']} and `patch_size` {spec['patch_size']}, the "
+                f"whole one {whole and (whole['bands'], whole['patch_size'])}: one was not cut from the other."
+            )
+    for layer, kept, held in zip(config.moe_layers, pruned.expert_ids, config.expert_ids):
+        if not set(kept) <= set(held):
+            raise ValueError(
+                f"Block {layer} of the pruned model has experts {kept}, of the whole one {held}: give the model that "
+                "was pruned, or one that holds more."
+            )
+
+
+def unprune(full, pruned):
+    """Put what a pruned model has learned back into the model it was cut from.
+
+    Experts, patch and modality embeddings (of the kept bands), router rows and everything that all modalities share
+    take the values of `pruned`; the rest stays that of `full`. Without training in between the result equals `full`
+    bit for bit. After training, the modalities that `pruned` did not have meet shared layers that have changed: measure
+    them before you rely on them, and calibrate again before you prune again.
+
+    Args:
+        full (`MapexPreTrainedModel`): The model that was pruned, or the same checkpoint loaded again. Not changed.
+        pruned (`MapexPreTrainedModel` or [`PrunedCheckpoint`]): What pruning gave, fine-tuned or not.
+
+    Returns:
+        A model of the class of `full`, in eval mode, that shares no memory with either.
+
+    Raises:
+        ValueError: `pruned` cannot have been cut from `full`, or has no provenance.
+    """
+    provenance = pruned.config.pruning
+    if provenance is None:
+        raise ValueError("`pruned` has no provenance (`config.pruning`): it is not a pruned model.")
+    state_dict = pruned.state_dict if isinstance(pruned, PrunedCheckpoint) else pruned.state_dict()
+    origin = (provenance["source"], provenance["revision"])
+    own = (full.config._name_or_path or None, full._source_revision)
+    if None not in origin + own and origin != own:
+        logger.warning(
+            f"The pruned model was cut from {origin[0]} at commit {origin[1]}; it is now put into {own[0]} at commit "
+            f"{own[1]}."
+        )
+    merged = unprune_state_dict(full.state_dict(), full.config, state_dict, pruned.config)
+    model = type(full).from_pretrained(None, config=copy.deepcopy(full.config), state_dict=merged, dtype=full.dtype)
+    model.config._name_or_path, model._source_revision = full.config._name_or_path, full._source_revision
+    return model.to(full.device)
