@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import is_offline_mode, split_state_dict_into_shards_factory
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 from transformers.utils.hub import cached_files, hf_api
 
-from .modelcard_mapex import CARD_NAME, is_edited
+from .modelcard_mapex import CARD_NAME, fetch_model_card
 from .pruning_mapex import KeptPart, kept_part, plan_experts
 
 
@@ -132,6 +131,7 @@ class StoredKey(NamedTuple):
     row: int | None
 
 
+_BLOCK = re.compile(r"layers\.(\d+)\.")
 _STORED_EXPERT = re.compile(r"^(.*layers\.\d+\.mlp\.experts\.)(\d+)\.(up_proj|down_proj)\.(weight|bias)$")
 
 
@@ -328,8 +328,9 @@ def plan_reading(weight_map: dict[str, str], config, pruned, ignored: list[str])
         if None in rows:
             plan[part.key] = Reading([rows[None]], part, stacked=False)
             continue
-        kept = part.index[0] if part.index else None
-        wanted = [kept] if isinstance(kept, int) else sorted(rows) if kept is None else kept
+        kept = part.index[0]
+        num_experts = config.num_layer_experts[int(_BLOCK.search(name).group(1))]
+        wanted = [kept] if isinstance(kept, int) else range(num_experts) if kept is None else kept
         missing = [row for row in wanted if row not in rows]
         if missing:
             raise ValueError(
@@ -342,46 +343,37 @@ def plan_reading(weight_map: dict[str, str], config, pruned, ignored: list[str])
 class StoredTensor:
     """A tensor of the pruned model that is still on disk, in the form in which transformers takes the slices of a file:
     it is read when it is indexed.
+
+    What is kept whole stays a view of the mapped file, as transformers has it. Stacks and parts are copies: for these
+    the file is mapped anew and let go, so that pages of it that were only read do not take up memory.
+
+    Args:
+        reading (`Reading`): Which stored tensors, and what of them.
+        files (`list[Path]`): The file of each.
+        opened (`dict`): The files, open.
+        in_place (`bool`): Whether to map files, or to read them.
     """
 
-    def __init__(self, reading: Reading, files: list[Any]):
+    def __init__(self, reading: Reading, files: list[Path], opened: dict[Path, Any], in_place: bool):
         self.reading = reading
-        self.files = files  # an open file for each key
+        self.files = files
+        self.opened = opened
+        self.in_place = in_place
 
     def get_shape(self) -> list[int]:
-        shape = list(self.files[0].get_slice(self.reading.keys[0]).get_shape())
+        shape = list(self.opened[self.files[0]].get_slice(self.reading.keys[0]).get_shape())
         if self.reading.stacked:
             return [len(self.files), *shape]
         return list(self.reading.part.of(torch.empty(shape, device="meta")).shape)
 
-    def get_dtype(self) -> str:
-        return self.files[0].get_slice(self.reading.keys[0]).get_dtype()
-
     def __getitem__(self, index) -> torch.Tensor:
-        if not self.reading.stacked:
-            return _read_part(self.files[0].get_slice(self.reading.keys[0]), self.reading.part.index)[index]
-        stacked = None
-        for row, (file, key) in enumerate(zip(self.files, self.reading.keys)):
-            values = file.get_tensor(key)
-            if stacked is None:
-                stacked = values.new_empty((len(self.files), *values.shape))
-            stacked[row] = values
-        return stacked[index]
-
-
-def _read_part(stored, index: tuple[list[int] | int | None, ...]) -> torch.Tensor:
-    """What is kept of a stored tensor; of its first dimension only the rows that are kept are read."""
-    if not index or index[0] is None:
-        return KeptPart("", index).of(stored[...])
-    if isinstance(index[0], int):
-        return KeptPart("", index[1:]).of(stored[index[0]])
-    runs = []
-    for row in index[0]:
-        if runs and runs[-1][1] == row:
-            runs[-1][1] = row + 1
-        else:
-            runs.append([row, row + 1])
-    return KeptPart("", (None, *index[1:])).of(torch.cat([stored[first:end] for first, end in runs]))
+        reading = self.reading
+        if not reading.stacked and reading.part.is_whole:
+            return self.opened[self.files[0]].get_tensor(reading.keys[0])[index]
+        with contextlib.ExitStack() as stack:
+            opened = {file: stack.enter_context(open_weights(file, in_place=self.in_place)) for file in set(self.files)}
+            values = [reading.part.of(opened[file].get_tensor(key)) for file, key in zip(self.files, reading.keys)]
+            return (torch.stack(values) if reading.stacked else values[0])[index]
 
 
 class Repository:
@@ -487,21 +479,15 @@ def open_pruned(repository: Repository, config, pruned, ignored: list[str], *, i
     needed = sorted({files.weight_map[key] for reading in plan.values() for key in reading.keys})
     folder = repository.fetch(files, needed)
     with contextlib.ExitStack() as stack:
-        # What is kept whole may stay in the file, as transformers has it; what is copied anyway is read for itself, so
-        # that neither pages of the file nor what lies beside it take up memory.
-        mapped = {name: stack.enter_context(open_weights(folder / name, in_place=in_place)) for name in needed}
-        read = {name: stack.enter_context(open_weights(folder / name, in_place=False)) for name in needed}
-        held = {name: set(handle.keys()) for name, handle in mapped.items()}
+        opened = {folder / name: stack.enter_context(open_weights(folder / name, in_place=in_place)) for name in needed}
+        held = {file: set(handle.keys()) for file, handle in opened.items()}
         tensors = {}
         for name, reading in plan.items():
-            whole = not reading.stacked and not reading.part.index
-            handles = []
-            for key in reading.keys:
-                file = files.weight_map[key]
+            places = [folder / files.weight_map[key] for key in reading.keys]
+            for file, key in zip(places, reading.keys):
                 if key not in held[file]:
-                    raise OSError(damaged(folder / file, f"it lacks `{key}`, which the index places there"))
-                handles.append((mapped if whole else read)[file])
-            tensors[name] = StoredTensor(reading, handles)
+                    raise OSError(damaged(file, f"it lacks `{key}`, which the index places there"))
+            tensors[name] = StoredTensor(reading, places, opened, in_place)
         yield tensors
 
 
@@ -539,11 +525,7 @@ def upload_checkpoint(
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr") and not create_pr:
         api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    card = Path(folder) / CARD_NAME
-    if not card.is_file() or not is_edited(card.read_text(encoding="utf-8")):
-        # The repository may have no card, or not the branch yet from which a pull request is made.
-        with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
-            shutil.copy(api.hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token), card)
+    fetch_model_card(folder, repo_id, revision=revision, token=token)
     if write_card is not None:
         write_card(repo_id)
     files = find_weights(folder)

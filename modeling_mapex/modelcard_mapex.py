@@ -2,19 +2,19 @@
 saved, and left alone once somebody has edited it.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
-from transformers.utils import logging
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from transformers.utils.hub import hf_api
 
 from .configuration_mapex import CRITERIA
 
-
-logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2507.07527"
@@ -70,9 +70,20 @@ def write_model_card(
     file.write_text(text, encoding="utf-8")
 
 
-def _add_tags(file: Path, text: str, tags: list[str]) -> None:
-    from huggingface_hub import ModelCard
+def fetch_model_card(
+    directory: str | os.PathLike, repo_id: str, *, revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Put the card of a repository into `directory`, if there is one, unless a card there was edited."""
+    file = Path(directory) / CARD_NAME
+    if file.is_file() and is_edited(file.read_text(encoding="utf-8")):
+        return
+    # The repository may have no card yet, or lack the branch from which a pull request is to be made.
+    with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):
+        fetched = hf_api().hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
+        file.write_text(Path(fetched).read_text(encoding="utf-8"), encoding="utf-8")
 
+
+def _add_tags(file: Path, text: str, tags: list[str]) -> None:
     card = ModelCard(text, ignore_metadata_errors=True)
     missing = [tag for tag in tags if tag not in (card.data.tags or [])]
     if missing:

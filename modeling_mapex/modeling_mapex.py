@@ -654,14 +654,15 @@ class MapexPreTrainedModel(PreTrainedModel):
             )
         config = copy.deepcopy(config)
         config._name_or_path = repository.name
+        with init.no_init_weights(), torch.device("meta"):  # the whole model, without its weights
+            whole = cls(copy.deepcopy(config))
         pruned = plan_pruning(
             config,
             modalities,
             revision=getattr(repository.hub["revision"], "resolved", None),
-            parameters_before=cls._count_parameters(config),
+            parameters_before=sum(tensor.numel() for tensor in whole.state_dict().values()),
             **plan,
         )
-        pruned.pruning["parameters_after"] = cls._count_parameters(pruned)
         ignored = cls._keys_to_ignore_on_load_unexpected or []
         in_place = not kwargs.pop("disable_mmap", False)
         with open_pruned(repository, config, pruned, ignored, in_place=in_place) as tensors:
@@ -670,13 +671,8 @@ class MapexPreTrainedModel(PreTrainedModel):
             result = super().from_pretrained(None, *args, config=pruned, state_dict=tensors, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         model.config._name_or_path = repository.name
+        model.config.pruning["parameters_after"] = sum(tensor.numel() for tensor in model.state_dict().values())
         return result
-
-    @classmethod
-    def _count_parameters(cls, config: MapexConfig) -> int:
-        """Parameters of a model of this class, without making it."""
-        with init.no_init_weights(), torch.device("meta"):
-            return sum(tensor.numel() for tensor in cls(copy.deepcopy(config)).state_dict().values())
 
     def save_pretrained(
         self,

@@ -3,6 +3,7 @@ configuration and its tensors. Pure functions of a configuration and a state dic
 """
 
 import copy
+import os
 import random
 import re
 from itertools import combinations
@@ -132,9 +133,12 @@ def plan_pruning(
     )
     pruned = prune_config(config, bands, expert_ids)
     earlier = config.pruning or {}
+    source = config._name_or_path or None
+    if source is not None and revision is None:
+        source = os.path.basename(os.path.normpath(source))  # where a folder lies is nobody's business
     pruned.pruning = {
         # Of the first model in a chain of prunings, so that pruning twice is the same as pruning once.
-        "source": earlier.get("source", config._name_or_path or None),
+        "source": earlier.get("source", source),
         "revision": earlier.get("revision", revision),
         "modalities": {name: list(spec["bands"]) for name, spec in pruned.modalities.items()},
         "criterion": criterion,
@@ -380,6 +384,10 @@ class KeptPart(NamedTuple):
     key: str
     index: tuple[list[int] | int | None, ...] = ()
 
+    @property
+    def is_whole(self) -> bool:
+        return all(positions is None for positions in self.index)
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of `tensor`; a view where that is possible."""
         dim = 0
@@ -394,7 +402,7 @@ class KeptPart(NamedTuple):
 
     def put(self, values: torch.Tensor, tensor: torch.Tensor) -> None:
         """Write `values`, of the shape of `self.of(tensor)`, to where they belong in `tensor`."""
-        if not self.index:
+        if self.is_whole:
             tensor.copy_(values)
             return
         lists = [position if position is not None else range(size) for position, size in zip(self.index, tensor.shape)]
