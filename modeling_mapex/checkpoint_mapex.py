@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import is_offline_mode, split_state_dict_into_shards_factory
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    is_offline_mode,
+    split_state_dict_into_shards_factory,
+    try_to_load_from_cache,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
@@ -334,7 +339,7 @@ def plan_reading(weight_map: dict[str, str], config, pruned, ignored: list[str])
         missing = [row for row in wanted if row not in rows]
         if missing:
             raise ValueError(
-                f"The checkpoint lacks row {missing} of `{name}`: it is incomplete. Save or push it again."
+                f"The checkpoint lacks experts {missing} of `{name}`: save or push it again, complete."
             )
         plan[part.key] = Reading([rows[row] for row in wanted], KeptPart(part.key), stacked=not isinstance(kept, int))
     return plan
@@ -413,6 +418,15 @@ class Repository:
         return cached_file(
             self.name, name, subfolder=self.subfolder, _raise_exceptions_for_missing_entries=False, **self.hub
         )
+
+    def is_known_to_lack_weights(self) -> bool:
+        """Whether an attempt to load has found that there are no safetensors weights."""
+        names = [with_variant(name, self.variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+        if os.path.isdir(self.name):
+            return not any(Path(self.name, self.subfolder, name).is_file() for name in names)
+        place = {"cache_dir": self.hub.get("cache_dir"), "revision": getattr(self.hub["revision"], "resolved", None)}
+        paths = [f"{self.subfolder}/{name}" if self.subfolder else name for name in names]
+        return all(try_to_load_from_cache(self.name, path, **place) is _CACHED_NO_EXIST for path in paths)
 
     def no_weights(self) -> str:
         """What to say where there are no safetensors weights."""

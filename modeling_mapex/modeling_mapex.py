@@ -625,8 +625,12 @@ class MapexPreTrainedModel(PreTrainedModel):
                 result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
             else:
                 result = cls._from_pretrained_pruned(repository, modalities, plan, *args, **kwargs)
-        except SafetensorError as error:
+        except SafetensorError as error:  # which does not say of what file
             raise OSError(repository.damaged() or str(error)) from error
+        except OSError as error:  # transformers would advise to open pickles
+            if repository is not None and repository.is_known_to_lack_weights():
+                raise OSError(repository.no_weights()) from error
+            raise
         model = result[0] if isinstance(result, tuple) else result  # a tuple with output_loading_info=True
         model._source_revision = getattr(revision, "resolved", None)  # None for a local folder
         return result

@@ -31,9 +31,11 @@ PAGE = 20  # entries of a tree per answer: few, so that clients have to ask for 
 class Error(Exception):
     """An answer that is not a success; `code` goes into `X-Error-Code`, by which the client chooses its exception."""
 
-    def __init__(self, status: int, message: str, code: str = ""):
+    def __init__(self, status: int, message: str, code: str = "", commit: str = ""):
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message = status, message
+        named = {"X-Error-Message": message, "X-Error-Code": code, "X-Repo-Commit": commit}
+        self.headers = {name: value for name, value in named.items() if value}
 
 
 class Entry(NamedTuple):
@@ -256,8 +258,7 @@ class Handler(BaseHTTPRequestHandler):
                     return
             raise Error(404, f"No route for {self.command} {parts.path}")
         except Error as error:
-            headers = {"X-Error-Code": error.code} if error.code else {}
-            self.answer({"error": error.message}, error.status, **headers, **{"X-Error-Message": error.message})
+            self.answer({"error": error.message}, error.status, **error.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do
 
@@ -552,7 +553,8 @@ class Handler(BaseHTTPRequestHandler):
         commit_id = repository.resolve(revision)
         entry = repository.commits[commit_id].tree.get(path)
         if entry is None:
-            raise Error(404, "Entry not found", "EntryNotFound")
+            # With the commit the client remembers that the file does not exist.
+            raise Error(404, "Entry not found", "EntryNotFound", commit_id)
         headers = {"X-Repo-Commit": commit_id, "Accept-Ranges": "bytes"}
         if not entry.large:
             self.send_blob(entry, path, {**headers, "ETag": f'"{entry.oid}"'})

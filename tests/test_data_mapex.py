@@ -3,13 +3,13 @@
 import os
 import subprocess
 import sys
-import textwrap
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from dataset_server import serve
+from hub_server import HubServer
+from interpreters import run_python
 from shard_samples import SCHEMA, assert_same_sample, items, make_sample, read
 
 
@@ -198,14 +198,12 @@ def test_from_the_hub(shards, tmp_path):
                 print(error)
         os._exit(0)  # past this line there is nothing to test; arrow's threads may outlive the interpreter
     """
-    server = serve(shards(5), "me/chips")
-    variables = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    variables |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-u", "-c", textwrap.dedent(script)]
-    result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
-    server.shutdown()
-    assert result.returncode == 0, result.stderr[-3000:]
-    shuffled, mapped, elevations, no_split, no_repo = result.stdout.splitlines()
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.put("me/chips", {file.name: file.read_bytes() for file in shards(5).iterdir()}, kind="dataset")
+        hub.repository("me/chips", "dataset").tags["v1.0"] = commit
+        hub.put("me/chips", dict.fromkeys(hub.files("me/chips", kind="dataset")), kind="dataset")
+        output = run_python(script, tmp_path, {**hub.environment(tmp_path / "home"), "PYTHONUNBUFFERED": "1"})
+    shuffled, mapped, elevations, no_split, no_repo = output.splitlines()
     assert shuffled == str(ids(stream_shards(shards(5), seed=3, window=16))) and mapped == str(ALL)
     assert elevations == str([int(make_sample(index).images["dem"].pixels.sum()) for index in range(COUNT)])
     assert no_split == "No shards of the split `val` in the data set `me/chips` on the Hub."

@@ -2,9 +2,6 @@
 
 import hashlib
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 from hub_server import TOKEN, HubServer
@@ -15,6 +12,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from interpreters import run_python
 
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"
@@ -200,14 +198,6 @@ def test_command_line_and_data_sets(hub, tmp_path):
         api.upload_file(path_or_fileobj="part.parquet", **place)
         print([row["x"] for row in load_dataset("me/table", split="train", streaming=True)])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=tmp_path,
-        env=hub.environment(tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == str(list(range(10)))
+    output = run_python(script, tmp_path, hub.environment(tmp_path / "home"))
+    assert output.splitlines()[-1] == str(list(range(10)))
     assert hub.read("me/by-hand", "weights.safetensors") == WEIGHTS

@@ -2,41 +2,34 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 from conftest import randomize, tiny_config, tiny_inputs
+from interpreters import run_python
 from safetensors.torch import load_file, save_file
 
 from modeling_mapex import MapexForImageClassification, MapexForPreTraining
 
 
-def run_without_package(code: str, folder, **environment) -> str:
+PRELUDE = """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+
+pixel_values = load_file("inputs.safetensors")
+
+def encode(model):
+    with torch.no_grad():
+        return getattr(model, "mapex", model).eval()(pixel_values).last_hidden_state
+"""
+
+
+def run_without_package(code: str, folder) -> str:
     """Run `code` where `import modeling_mapex` fails, with an empty module cache; its standard output."""
-    prelude = """
-        import sys
-        sys.modules["modeling_mapex"] = None  # makes any import of the package fail
-        import torch
-        from safetensors.torch import load_file, save_file
-        from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
-
-        pixel_values = load_file("inputs.safetensors")
-
-        def encode(model):
-            with torch.no_grad():
-                return getattr(model, "mapex", model).eval()(pixel_values).last_hidden_state
-    """
-    script = textwrap.dedent(prelude) + textwrap.dedent(code)
-    variables = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    variables.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=variables, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+    variables = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    return run_python(PRELUDE + textwrap.dedent(code), folder, variables, package=False)
 
 
 def same_weights(one, other):
