@@ -15,7 +15,7 @@ from .configuration_mapex import MapexConfig
 from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, terrain_slope
 from .masking_mapex import PretrainingNoise
 from .modeling_mapex import MapexForImageClassification, MapexForPreTraining, MapexModel, MapexPreTrainedModel
-from .pruning_mapex import PrunedCheckpoint
+from .pruning_mapex import PrunedCheckpoint, unprune
 from .sensors_mapex import SENSORS, Band, Sensor
 
 
@@ -35,7 +35,20 @@ __all__ = [
     "PrunedCheckpoint",
     "Sensor",
     "terrain_slope",
+    "unprune",
 ]
+
+
+def __getattr__(name: str):
+    """`MapexTrainer` on demand: transformers' Trainer takes long to import, and most programs that load models do not
+    train any.
+    """
+    if name == "MapexTrainer":
+        from .trainer_mapex import MapexTrainer
+
+        return MapexTrainer
+    raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+
 
 AutoConfig.register(MapexConfig.model_type, MapexConfig, exist_ok=True)
 AutoModel.register(MapexConfig, MapexModel, exist_ok=True)

@@ -338,9 +338,7 @@ def plan_reading(weight_map: dict[str, str], config, pruned, ignored: list[str])
         wanted = [kept] if isinstance(kept, int) else range(num_experts) if kept is None else kept
         missing = [row for row in wanted if row not in rows]
         if missing:
-            raise ValueError(
-                f"The checkpoint lacks experts {missing} of `{name}`: save or push it again, complete."
-            )
+            raise ValueError(f"The checkpoint lacks experts {missing} of `{name}`: save or push it again, complete.")
         plan[part.key] = Reading([rows[row] for row in wanted], KeptPart(part.key), stacked=not isinstance(kept, int))
     return plan
 

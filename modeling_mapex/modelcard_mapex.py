@@ -32,13 +32,13 @@ _SEAL = re.compile(r"\n<!-- Written by MAPEX, sha256 ([0-9a-f]{64})\. An edited 
 
 def is_edited(text: str) -> bool:
     """Whether somebody else has written or changed a card: its text is not what its seal says."""
+    text = text.replace("\r\n", "\n")  # git may change line endings, which is no edit
     found = _SEAL.search(text)
     return found is None or found.group(1) != _digest(text[: found.start()])
 
 
 def _digest(text: str) -> str:
-    # The Hub and git may change line endings, which is no edit.
-    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_model_card(
@@ -258,7 +258,7 @@ def _size(config, num_bytes: int) -> str:
         ["parameters", f"{before:,}", f"{after:,}", f"{1 - after / before:.0%}"],
         ["weights", f"{before * per_parameter / 1e6:.1f} MB", f"{num_bytes / 1e6:.1f} MB", ""],
     ]
-    return "## Size\n\n" + _table(["", "before pruning", "after", "less"], rows)
+    return "## Size\n\n" + _table(["size", "before pruning", "after", "less"], rows)
 
 
 def _results(record: dict[str, Any] | None) -> str:

@@ -552,7 +552,13 @@ def unprune(full, pruned):
             f"The pruned model was cut from {origin[0]} at commit {origin[1]}; it is now put into {own[0]} at commit "
             f"{own[1]}."
         )
-    merged = unprune_state_dict(full.state_dict(), full.config, state_dict, pruned.config)
+    own_state_dict, encoder = full.state_dict(), f"{full.base_model_prefix}."
+    if any(key.startswith(encoder) for key in own_state_dict):
+        if not any(key.startswith(encoder) for key in state_dict):  # an encoder alone, for a model with a head
+            state_dict = {encoder + key: tensor for key, tensor in state_dict.items()}
+    else:
+        state_dict = {key.removeprefix(encoder): tensor for key, tensor in state_dict.items()}
+    merged = unprune_state_dict(own_state_dict, full.config, state_dict, pruned.config)
     model = type(full).from_pretrained(None, config=copy.deepcopy(full.config), state_dict=merged, dtype=full.dtype)
     model.config._name_or_path, model._source_revision = full.config._name_or_path, full._source_revision
     return model.to(full.device)

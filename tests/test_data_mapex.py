@@ -201,7 +201,6 @@ def test_from_the_hub(shards, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         commit = hub.put("me/chips", {file.name: file.read_bytes() for file in shards(5).iterdir()}, kind="dataset")
         hub.repository("me/chips", "dataset").tags["v1.0"] = commit
-        hub.put("me/chips", dict.fromkeys(hub.files("me/chips", kind="dataset")), kind="dataset")
         output = run_python(script, tmp_path, {**hub.environment(tmp_path / "home"), "PYTHONUNBUFFERED": "1"})
     shuffled, mapped, elevations, no_split, no_repo = output.splitlines()
     assert shuffled == str(ids(stream_shards(shards(5), seed=3, window=16))) and mapped == str(ALL)

@@ -31,7 +31,7 @@ import os
 from safetensors.torch import save_file
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
-from modeling_mapex.trainer_mapex import MapexTrainer
+from modeling_mapex import MapexTrainer
 
 def features(model):
     with torch.no_grad():
@@ -527,7 +527,6 @@ def test_unprune_after_a_round_trip(world, tmp_path):
     script = """
 import torch
 from modeling_mapex import *
-from modeling_mapex.pruning_mapex import unprune
 
 full = MapexForPreTraining.from_pretrained("me/grouped")
 small = MapexForPreTraining.from_pretrained("me/grouped", modalities=["s1", "dem"])

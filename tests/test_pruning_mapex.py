@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_mapex import MapexForImageClassification, MapexForPreTraining, MapexModel
-from modeling_mapex.pruning_mapex import plan_experts
+from modeling_mapex.pruning_mapex import plan_experts, unprune
 
 
 CLASSES = [MapexModel, MapexForPreTraining, MapexForImageClassification]
@@ -444,3 +444,78 @@ class TestErrors:
             small.prune_for_modalities(["optical"], experts_per_layer=3)
         with pytest.raises(ValueError, match=r"Unknown modality `radar`.*load the unpruned"):
             small({"radar": torch.randn(1, 2, *SIZES["radar"])})
+
+
+class TestUnprune:
+    """A pruned model goes back to where it came from."""
+
+    @pytest.mark.parametrize("plan", PLANS, ids=str)
+    @pytest.mark.parametrize("choice", [["radar"], ["height", "optical"], {"optical": ["nir", "blue"]}], ids=str)
+    @pytest.mark.parametrize("model_class", CLASSES)
+    def test_without_training_it_is_the_identity(self, models, model_class, choice, plan):
+        full = models[model_class]
+        pruned = full.prune_for_modalities(choice, **plan)
+        for small in (pruned, pruned.build()):
+            merged = unprune(full, small)
+            assert type(merged) is model_class and not merged.training
+            assert merged.config.to_dict() == {**full.config.to_dict(), "dtype": "float32"}
+            for key, tensor in full.state_dict().items():
+                assert torch.equal(merged.state_dict()[key], tensor), key
+                assert merged.state_dict()[key].data_ptr() != tensor.data_ptr(), key
+
+    @pytest.mark.parametrize("plan", PLANS, ids=str)
+    @pytest.mark.parametrize("choice", [["radar"], {"optical": ["nir", "blue"], "height": None}], ids=str)
+    def test_what_was_trained_comes_back(self, models, choice, plan):
+        """Pruning the merged model gives the trained one, and what was dropped is as it was."""
+        full = models[MapexForPreTraining]
+        small = full.prune_for_modalities(choice, **plan).build()
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        before = {key: tensor.clone() for key, tensor in full.state_dict().items()}
+        merged = unprune(full, small)
+        again = merged.prune_for_modalities(choice, **plan)
+        for key, tensor in small.state_dict().items():
+            assert torch.equal(again.state_dict[key], tensor), key
+        for key, tensor in before.items():
+            assert torch.equal(full.state_dict()[key], tensor), "the whole model is not changed"
+        unused = [name for name in MODALITIES if name not in small.config.modalities]
+        for name in unused:
+            key = f"mapex.embeddings.patch_embeddings.{name}.projection.weight"
+            assert torch.equal(merged.state_dict()[key], before[key])
+        for layer, kept, held in zip(full.config.moe_layers, small.config.expert_ids, full.config.expert_ids):
+            experts = merged.state_dict()[f"mapex.layers.{layer}.mlp.experts.up_proj"]
+            for expert in set(held) - set(kept):
+                assert torch.equal(experts[expert], before[f"mapex.layers.{layer}.mlp.experts.up_proj"][expert])
+            for expert in kept:
+                assert not torch.equal(experts[expert], before[f"mapex.layers.{layer}.mlp.experts.up_proj"][expert])
+
+    def test_a_task_model_brings_its_encoder(self, models):
+        full = models[MapexForPreTraining]
+        small = full.prune_for_modalities(["radar"]).build(MapexForImageClassification, num_labels=7)
+        with torch.no_grad():
+            small.mapex.layernorm.weight.fill_(3.0)
+        for tuned in (small, small.mapex):
+            tuned.config.pruning = small.config.pruning
+            merged = unprune(full, tuned)
+            assert float(merged.mapex.layernorm.weight.mean()) == 3.0
+            assert torch.equal(merged.decoder.embed.weight, full.decoder.embed.weight)
+        whole = unprune(models[MapexModel], small)
+        assert float(whole.layernorm.weight.mean()) == 3.0
+
+    def test_refused(self, models):
+        full = models[MapexModel]
+        small = full.prune_for_modalities(["radar"]).build()
+        with pytest.raises(ValueError, match="no provenance"):
+            unprune(full, full)
+        with pytest.raises(ValueError, match="experts"):
+            unprune(full.prune_for_modalities(["radar"], experts_per_layer=1).build(), small)
+        with pytest.raises(ValueError, match="`radar` with bands"):
+            unprune(full.prune_for_modalities(["optical"], coverage=1.0).build(), small)
+        other = MapexModel(tiny_config(hidden_size=64))
+        with pytest.raises(ValueError, match="`hidden_size=32`"):
+            unprune(other, small)
+        classifier = models[MapexForImageClassification]
+        tuned = classifier.prune_for_modalities(["radar"]).build(num_labels=7)
+        with pytest.raises(ValueError, match="as many labels"):
+            unprune(classifier, tuned)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_inputs
+from huggingface_hub import ModelCard
 from torch.utils.data import Dataset, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_mapex import MapexForImageClassification, MapexForPreTraining
+from modeling_mapex import MapexForImageClassification, MapexForPreTraining, MapexTrainer
 
 
 class Chips(Dataset):
@@ -123,3 +124,42 @@ def test_pretraining(tmp_path):
     untrained = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < untrained
+
+
+class TestModelCard:
+    def trained(self, folder, **overrides):
+        model = MapexForImageClassification(tiny_config(num_labels=3, initializer_range=0.02))
+        args = arguments(folder, max_steps=2, eval_strategy="steps", eval_steps=1, learning_rate=0.002, **overrides)
+        chips = Chips()
+        trainer = MapexTrainer(
+            model,
+            args,
+            train_dataset=chips,
+            eval_dataset=chips,
+            data_collator=default_collate,
+            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        )
+        trainer.train()
+        return trainer
+
+    def test_results_of_the_last_evaluation(self, tmp_path):
+        trainer = self.trained(tmp_path)
+        last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+        trainer.save_model()
+        trainer.create_model_card(license="mit", language="en", dataset_tags="me/floods", tags=["floods"])
+        card = ModelCard.load(tmp_path / "README.md")
+        metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert metrics == {"loss": last["eval_loss"], "accuracy": last["eval_accuracy"]}
+        assert (card.data.license, card.data.language, card.data.datasets) == ("mit", "en", ["me/floods"])
+        assert {"floods", "generated_from_trainer"} <= set(card.data.tags)
+        assert "| learning_rate | `0.002` |" in card.text and "| steps | `2` |" in card.text
+        loaded = MapexForImageClassification.from_pretrained(tmp_path)
+        loaded.save_pretrained(tmp_path / "again")
+        assert ModelCard.load(tmp_path / "again" / "README.md").data.license == "mit"
+
+    def test_edited_card_stays(self, tmp_path):
+        trainer = self.trained(tmp_path)
+        (tmp_path / "README.md").write_text("# Mine\n")
+        trainer.save_model()
+        trainer.create_model_card()
+        assert (tmp_path / "README.md").read_text().endswith("# Mine\n")
