@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -197,6 +198,19 @@ class HubServer:
             else:
                 tree[path] = Entry(self.store(content), len(content), path.endswith(LARGE))
         return repository.add_commit(revision, "put", tree, parent)
+
+    def put_folder(self, repo_id: str, folder: Path, kind: str = "model") -> None:
+        """Commit the files of a folder, however large."""
+        if (kind, repo_id) not in self.repositories:
+            self.create(repo_id, kind)
+        tree = {}
+        for file in sorted(Path(folder).iterdir()):
+            with file.open("rb") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+            shutil.copyfile(file, self.blob(sha256))
+            tree[file.name] = Entry(sha256, file.stat().st_size, file.name.endswith(LARGE))
+        repository = self.repository(repo_id, kind)
+        repository.add_commit("main", "put", tree, repository.resolve("main"))
 
     def files(self, repo_id: str, revision: str = "main", kind: str = "model") -> dict[str, Entry]:
         repository = self.repository(repo_id, kind)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ def start_python(code: str, folder, environment=None, *, package=True, drop_priv
             pytest.skip("root may write everywhere, and there is no setpriv to change that")
         command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
     variables = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
-    variables.pop("PYTHONPATH", None)
+    variables["PYTHONPATH"] = str(Path(__file__).parent)
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -5,11 +5,11 @@ python tests/stream_peak_memory.py FOLDER COUNT
 """
 
 import os
-import resource
 import sys
 from pathlib import Path
 
 import numpy as np
+from peak_memory import peak_megabytes, reset_peak
 
 from modeling_mapex.data_mapex import stream_shards
 from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema
@@ -24,17 +24,14 @@ def read(item: Item) -> Sample:
     return Sample(item.id, item.id, {"s2": Layer(pixels)})
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(folder: Path, count: int) -> None:
-    before = peak()
+    reset_peak()
+    before = peak_megabytes()
     items = [Item(str(index), str(index), index) for index in range(count)]
     report = write_shards(items, read, SCHEMA, folder, shard_bytes=1 << 40, progress=False)
     total = sum(int(sample["images"]["s2"][0, 0, 0]) for sample in stream_shards(folder, seed=0, window=64))
     assert total > 0 and len(report.shards) == 1
-    print(report.shards[0].stat().st_size / 1e6, peak() - before, flush=True)
+    print(report.shards[0].stat().st_size / 1e6, peak_megabytes() - before, flush=True)
 
 
 if __name__ == "__main__":

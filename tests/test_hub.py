@@ -473,15 +473,17 @@ model.prune_for_modalities(["s1"]).save_pretrained("pruned")
 
     def test_only_what_is_kept_is_served(self, base, tmp_path):
         script = """
-import resource, sys, torch
+import torch
+from peak_memory import peak_megabytes, reset_peak
 from transformers import AutoModelForPreTraining
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reset_peak()
+before = peak_megabytes()
 options = {"modalities": ["s1"]} if "grouped" in NAME else {}
 model = AutoModelForPreTraining.from_pretrained(NAME, trust_remote_code=True, **options)
 total = sum(parameter.sum() for parameter in model.parameters())
 size = sum(parameter.numel() * 4 for parameter in model.parameters())
-print(size / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(size / 1e6, peak_megabytes() - before)
 """
         served, peaks = {}, {}
         for name in ("grouped", "pruned"):
@@ -499,8 +501,9 @@ print(size / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         assert total <= 1.02 * sum(files[name].size for name in weights)
         assert total <= 1.02 * equivalent, (total, equivalent)
         assert total < 0.5 * sum(entry.size for entry in files.values())
-        size, peak = peaks["grouped"]
-        assert peak < 1.3 * size + 60_000, peaks  # beside the weights: the client, and code that is loaded late
+        # Beside the weights there is the client, with buffers and code that is loaded late: the same for both.
+        (size, peak), (_, usual_peak) = peaks["grouped"], peaks["pruned"]
+        assert peak < usual_peak + 0.3 * size, peaks
 
 
 class TestXet:
