@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart   train, calibrate, prune, save and load a nano MAPEX on real Sentinel-1 + Sentinel-2 patches"
 	@echo "make test         run the tests;  make test-slow: also those of more than a minute"
 	@echo "make lint         check style;    make format: mend it"
-	@echo "make benchmark    speed side by side with transformers' ViT, and of reading shards with rasterio"
+	@echo "make benchmark    speed side by side: transformers' ViT, reading shards and GeoTIFFs, loading whole and pruned"
 	@echo "make clean        remove the environment, caches and outputs"
 
 # torch first and by itself: then nothing else chooses a build of it.
@@ -41,6 +41,7 @@ format: $(VENV)/.ready
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/hub.py
 
 clean:
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
