@@ -25,10 +25,10 @@ quickstart: $(VENV)/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

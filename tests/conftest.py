@@ -1,5 +1,14 @@
 """Tiny models and inputs that all tests share. Dimensions are multiples of 8: the grouped matrix product needs that."""
 
+# ruff: noqa: E402
+import os
+
+
+# Tests know no Hub but their own on loopback, whatever this shell says. The client reads these when it is imported.
+for _variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+    os.environ.pop(_variable, None)
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # where nobody listens: asking the real Hub fails at once
+
 import pytest
 import torch
 from transformers.utils import logging

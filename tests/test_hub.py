@@ -343,7 +343,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
     def test_two_processes_at_once(self, hub, tmp_path):
         script = CHECK + 'same(AutoModel.from_pretrained("me/grouped", modalities=["s1"], **CODE), "pruned")\n'
         environment = hub.environment(tmp_path / "home")
-        processes = [start_python(script, tmp_path, environment, package=False) for _ in range(2)]
+        # The cache of files is shared. That of code modules is not: transformers copies into it file by file, and a
+        # second process that comes in between finds half of them.
+        modules = [{"HF_MODULES_CACHE": str(tmp_path / f"modules-{index}")} for index in range(2)]
+        processes = [start_python(script, tmp_path, {**environment, **own}, package=False) for own in modules]
         for process in processes:
             finish(process)
         weights = {name: size for name, size in hub.served.items() if name.endswith(".safetensors")}
