@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import cached_files, hf_api
 
 from .modelcard_mapex import CARD_NAME, fetch_model_card
-from .pruning_mapex import KeptPart, kept_part, plan_experts
+from .pruning_mapex import MODALITY_KEY, KeptPart, kept_part, plan_experts
 
 
 # What replaces the weights of an earlier push; other files of a repository, like those of a variant, stay.
@@ -58,20 +58,23 @@ def with_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{suffix}" if variant else name
 
 
+def weight_names(variant: str | None = None) -> tuple[str, str]:
+    """What transformers calls the weights of a checkpoint: the single file, which it prefers, and the index."""
+    return with_variant(SAFE_WEIGHTS_NAME, variant), with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+
+
 def find_weights(folder: str | os.PathLike, variant: str | None = None) -> WeightFiles | None:
-    """The safetensors weights in a folder, if there are any: a single file, which transformers prefers, or what the
-    index says.
+    """The safetensors weights in a folder, if there are any: a single file, or what the index says.
 
     Raises:
         OSError: a file that is damaged.
         ValueError: an index that names a file outside the folder.
     """
     folder = Path(folder)
-    single = with_variant(SAFE_WEIGHTS_NAME, variant)
+    single, index = weight_names(variant)
     if (folder / single).is_file():
         with open_weights(folder / single) as handle:
             return WeightFiles(folder, dict.fromkeys(handle.keys(), single), None)
-    index = with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     if (folder / index).is_file():
         return WeightFiles(folder, read_index(folder / index), index)
     return None
@@ -178,7 +181,7 @@ def staged(folder: str | os.PathLike, variant: str | None = None):
 
 def _weight_files(folder: Path, variant: str | None) -> set[str]:
     """Names of all weight files of a checkpoint in `folder`: the single one, and an index with what it names."""
-    single, index = (with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    single, index = weight_names(variant)
     names = {single, index}
     if (folder / index).is_file():
         # An index that cannot be read is replaced as well; then nothing says which files belonged to it.
@@ -223,7 +226,8 @@ def group_by_modality(
     files = find_weights(folder, variant)
     if files is None:
         raise FileNotFoundError(f"There are no safetensors weights in {folder}: save the model there first.")
-    stem = with_variant(SAFE_WEIGHTS_NAME, variant).removesuffix(".safetensors")
+    single, index = weight_names(variant)
+    stem = single.removesuffix(".safetensors")
     groups: dict[str, dict[str, int]] = {}
     with contextlib.ExitStack() as stack:
         handles = _open_all(stack, files)
@@ -244,7 +248,6 @@ def group_by_modality(
                 weight_map.update(dict.fromkeys(keys, filename))
     metadata = {"total_size": sum(sum(sizes.values()) for sizes in groups.values())}
     content = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    index = with_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     (files.folder / index).write_text(content, encoding="utf-8")
     for name in set(files.names) - {index, *weight_map.values()}:
         (files.folder / name).unlink()
@@ -263,22 +266,17 @@ def _num_bytes(stored) -> int:
     return size
 
 
-_OWN_PATCH_EMBEDDING = re.compile(r"(?:^|\.)embeddings\.patch_embeddings\.([A-Za-z0-9_]+)\.")
-_OWN_HEAD = re.compile(r"^decoder\.heads\.([A-Za-z0-9_]+)\.")
-_EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.experts\.(\d+)\.")
-
-
 def _group_of(key: str, config, plans: dict[str, list[list[int]]]) -> str:
     """Name of the group of a stored tensor; `plans` are the experts that each modality needs."""
-    if found := _OWN_HEAD.match(key):
-        return f"decoder-{found.group(1)}"
+    if found := MODALITY_KEY.search(key):
+        kind, name = found.groups()
+        return f"decoder-{name}" if kind == "heads" else _experts_group([name])
     if key.startswith("decoder."):
         return "decoder"
-    if found := _OWN_PATCH_EMBEDDING.search(key):
-        return _experts_group([found.group(1)])
-    if found := _EXPERT.search(key):
-        layer, position = config.moe_layers.index(int(found.group(1))), int(found.group(2))
-        expert = config.expert_ids[layer][position]
+    name, row = stored_key(key)
+    if row is not None:
+        layer = config.moe_layers.index(int(_BLOCK.search(name).group(1)))
+        expert = config.expert_ids[layer][row]
         return _experts_group([name for name, plan in plans.items() if expert in plan[layer]])
     return "trunk"
 
@@ -405,8 +403,8 @@ class Repository:
         if os.path.isdir(self.name):
             files = find_weights(Path(self.name, self.subfolder), self.variant)
         else:
-            found = self._cached(with_variant(SAFE_WEIGHTS_NAME, self.variant))
-            found = found or self._cached(with_variant(SAFE_WEIGHTS_INDEX_NAME, self.variant))
+            single, index = weight_names(self.variant)
+            found = self._cached(single) or self._cached(index)
             files = None if found is None else find_weights(Path(found).parent, self.variant)
         if files is None:
             raise OSError(self.no_weights())
@@ -419,24 +417,26 @@ class Repository:
 
     def is_known_to_lack_weights(self) -> bool:
         """Whether an attempt to load has found that there are no safetensors weights."""
-        names = [with_variant(name, self.variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+        names = weight_names(self.variant)
         if os.path.isdir(self.name):
             return not any(Path(self.name, self.subfolder, name).is_file() for name in names)
         place = {"cache_dir": self.hub.get("cache_dir"), "revision": getattr(self.hub["revision"], "resolved", None)}
-        paths = [f"{self.subfolder}/{name}" if self.subfolder else name for name in names]
-        return all(try_to_load_from_cache(self.name, path, **place) is _CACHED_NO_EXIST for path in paths)
+        return all(try_to_load_from_cache(self.name, self._path(name), **place) is _CACHED_NO_EXIST for name in names)
+
+    def _path(self, name: str) -> str:
+        """Of a file, in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def no_weights(self) -> str:
         """What to say where there are no safetensors weights."""
-        wanted = with_variant(SAFE_WEIGHTS_NAME, self.variant)
+        wanted, _ = weight_names(self.variant)
         offline = self.hub.get("local_files_only") or is_offline_mode()
         for pickled in _PICKLED_WEIGHTS:
             if os.path.isdir(self.name):
                 offered = Path(self.name, self.subfolder, pickled).is_file()
             else:
                 places = {key: self.hub.get(key) for key in ("revision", "token", "cache_dir", "proxies")}
-                path = f"{self.subfolder}/{pickled}" if self.subfolder else pickled
-                offered = not offline and has_file(self.name, path, **places)
+                offered = not offline and has_file(self.name, self._path(pickled), **places)
             if offered:
                 return (
                     f"{self.name} offers its weights as `{pickled}`, which Python can run as code. MAPEX opens "

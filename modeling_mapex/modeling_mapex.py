@@ -55,10 +55,6 @@ from .pruning_mapex import PrunedCheckpoint, plan_pruning, prune
 from .tokens_mapex import TokenLayout, check_inputs, sincos_embedding, token_layout, token_positions
 
 
-# Keywords of `from_pretrained` that are fields of the configuration too, but of which transformers makes more.
-_MODEL_KEYWORDS = {"dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config"}
-
-
 @dataclass
 class MapexModelOutput(ModelOutput):
     """Output of [`MapexModel`].

@@ -413,7 +413,7 @@ class KeptPart(NamedTuple):
         tensor[tuple(grid.to(tensor.device) for grid in grids)] = values.to(tensor).view(shape)
 
 
-_MODALITY_KEY = re.compile(r"(?:^|\.)(patch_embeddings|heads)\.([A-Za-z0-9_]+)\.")
+MODALITY_KEY = re.compile(r"(?:^|\.)(patch_embeddings|heads)\.([A-Za-z0-9_]+)\.")
 _MIXTURE_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(\w+)$")
 
 
@@ -424,7 +424,7 @@ def kept_part(key: str, config, pruned) -> KeptPart | None:
     modality embeddings follow the modalities; rows of router and experts follow the expert ids; a layer left with one
     expert has no router and a plain MLP; everything else stays.
     """
-    found = _MODALITY_KEY.search(key)
+    found = MODALITY_KEY.search(key)
     if found:
         kind, name = found.groups()
         if name not in pruned.modalities:

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_readme import SHAPE
+from test_readme import SHAPE, blocks
 
 from modeling_mapex import SENSORS
 
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "data.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def write_campaign(folder: Path, rasterio) -> None:
@@ -48,8 +44,8 @@ def test_from_a_folder_of_geotiffs_to_a_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_campaign(tmp_path / "campaign", rasterio)
-    (tmp_path / "campaign.yaml").write_text(blocks("yaml")[0])
-    for command in blocks("bash")[0].strip().splitlines():
+    (tmp_path / "campaign.yaml").write_text(blocks(TEXT, "yaml")[0])
+    for command in blocks(TEXT, "bash")[0].strip().splitlines():
         python, script, *options = shlex.split(command)
         assert python == "python"
         result = subprocess.run([sys.executable, ROOT / script, *options], capture_output=True, text=True, timeout=240)
@@ -59,7 +55,7 @@ def test_from_a_folder_of_geotiffs_to_a_batch(tmp_path, monkeypatch):
 
     names: dict = {}
     checked = 0
-    for snippet in blocks("python"):
+    for snippet in blocks(TEXT, "python"):
         exec(compile(snippet, "docs/data.md", "exec"), names)
         for found in SHAPE.finditer(snippet):
             assert tuple(eval(found["expression"], names)) == eval(found["shape"]), found[0]

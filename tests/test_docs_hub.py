@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hub_server import HubServer
 from interpreters import run_python
-from test_readme import SHAPE
+from test_readme import SHAPE, blocks
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def with_checks(snippet: str) -> str:
 
 
 def test_snippets_run(tmp_path):
-    snippets = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    snippets = blocks(TEXT)
     remote = [snippet for snippet in snippets if "trust_remote_code" in snippet]
     assert len(remote) == 1 and len(snippets) >= 9
     assert SHAPE.search(remote[0])

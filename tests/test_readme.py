@@ -10,10 +10,15 @@ README = Path(__file__).parents[1] / "README.md"
 SHAPE = re.compile(r"^(?P<expression>\S+\.shape)  # (?P<shape>\([^)]*\))", re.MULTILINE)
 
 
+def blocks(text: str, language: str = "python") -> list[str]:
+    """The code blocks of a document."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
 def test_snippets_run_and_shapes_are_as_written(tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="the fine-tuning snippet needs the extra `train`")
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    snippets = blocks(README.read_text())
     assert len(snippets) >= 5
     names: dict = {}
     checked = 0

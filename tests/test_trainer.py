@@ -67,6 +67,10 @@ def test_accumulation_equals_one_big_batch(tmp_path):
         torch.testing.assert_close(accumulated[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+def accuracy(evaluated) -> dict[str, float]:
+    return {"accuracy": float((evaluated.predictions.argmax(-1) == evaluated.label_ids).mean())}
+
+
 def test_fine_tuning_learns_evaluates_saves_and_resumes(tmp_path):
     model = MapexForImageClassification(tiny_config(num_labels=3, initializer_range=0.02))
     args = arguments(
@@ -85,7 +89,7 @@ def test_fine_tuning_learns_evaluates_saves_and_resumes(tmp_path):
         train_dataset=chips,
         eval_dataset=chips,
         data_collator=default_collate,
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        compute_metrics=accuracy,
     )
     untrained = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -137,7 +141,7 @@ class TestModelCard:
             train_dataset=chips,
             eval_dataset=chips,
             data_collator=default_collate,
-            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+            compute_metrics=accuracy,
         )
         trainer.train()
         return trainer
