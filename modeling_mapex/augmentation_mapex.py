@@ -24,7 +24,8 @@ def _is_map(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 2
 
 
-def _layer_sizes(sample: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def layer_sizes(sample: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Height and width of every image and label map of a sample."""
     layers = {name: pixels for name, pixels in sample["images"].items() if pixels is not None}
     layers |= {name: value for name, value in sample.get("labels", {}).items() if _is_map(value)}
     return {name: layer.shape[-2:] for name, layer in layers.items()}
@@ -49,7 +50,7 @@ def random_crop(sample: dict[str, Any], size: int, generator: torch.Generator) -
     Raises:
         ValueError: the sample is smaller, or `size` cuts through pixels of a coarser layer.
     """
-    sizes = _layer_sizes(sample)
+    sizes = layer_sizes(sample)
     spans = []
     for axis in range(2):
         sides = {name: shape[axis] for name, shape in sizes.items()}
@@ -83,7 +84,7 @@ def random_flip(sample: dict[str, Any], generator: torch.Generator) -> dict[str,
     Returns:
         `dict`: The sample with views of its arrays.
     """
-    square = all(height == width for height, width in _layer_sizes(sample).values())
+    square = all(height == width for height, width in layer_sizes(sample).values())
     code = _draw(8 if square else 4, generator)
 
     def turn(layer: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .augmentation_mapex import drop_bands, drop_modalities, random_crop, random_flip
+from .augmentation_mapex import drop_bands, drop_modalities, layer_sizes, random_crop, random_flip
 from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, combine_gsd
 
 
@@ -25,6 +25,10 @@ class MapexCollator:
         flip (`bool`): Mirror and turn samples.
         modality_dropout (`float`): Probability of leaving out a modality.
         band_dropout (`float`): Probability of replacing a band by its mean.
+        group (`bool`):
+            For pretraining: instead of filling up to one shape, give `{"groups": [...]}`, batches whose samples have
+            the same modalities in the same sizes, which `MapexForPreTraining` trains on as one. Samples smaller than
+            `crop_size` stay whole.
         seed (`int`): Of all that is random.
 
     Raises (when called):
@@ -40,14 +44,18 @@ class MapexCollator:
         flip: bool = False,
         modality_dropout: float = 0.0,
         band_dropout: float = 0.0,
+        group: bool = False,
         seed: int = 0,
     ):
+        if group and label is not None:
+            raise ValueError("`group=True` is for pretraining, which has no labels: leave out `label`.")
         self.processor = processor
         self.label = label
         self.crop_size = crop_size
         self.flip = flip
         self.modality_dropout = modality_dropout
         self.band_dropout = band_dropout
+        self.group = group
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # reaches workers that are already running
 
@@ -55,26 +63,43 @@ class MapexCollator:
         """Draw other crops, flips and dropouts than in earlier epochs."""
         self._epoch.fill_(epoch)
 
-    def __call__(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
+    def __call__(self, samples: list[dict[str, Any]]) -> MapexBatchFeature | dict[str, list[dict[str, Any]]]:
         if self.crop_size is not None or self.flip or self.modality_dropout:
             samples = [self._augment(sample) for sample in samples]
-        groups = _group(samples)
-        parts = [(indices, self._process([samples[index] for index in indices])) for indices in groups.values()]
-        batch = parts[0][1] if len(parts) == 1 else _merge(parts, len(samples))
-        if self.band_dropout:
-            content = "\n".join(sample["id"] for sample in samples)
-            batch["pixel_values"] = drop_bands(batch["pixel_values"], self.band_dropout, self._generator(content))
+        if self.group:
+            groups = _group(samples, by_shape=True).values()
+            return {"groups": [self._whole([samples[index] for index in indices]) for indices in groups]}
+        batch = self._batch(samples)
         if self.label is not None:
             batch["labels"] = self._labels(samples)
         return batch
 
-    def _generator(self, content: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{int(self._epoch)}-{content}".encode()))
+    def _batch(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
+        parts = [(indices, self._process([samples[index] for index in indices])) for indices in _group(samples).values()]
+        batch = parts[0][1] if len(parts) == 1 else _merge(parts, len(samples))
+        if self.band_dropout:
+            content = "\n".join(sample["id"] for sample in samples)
+            batch["pixel_values"] = drop_bands(batch["pixel_values"], self.band_dropout, self._generator(content))
+        return batch
+
+    def _whole(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of samples that have the same modalities, without masks that say that all is there."""
+        batch = self._batch(samples)
+        valid = {name: mask for name, mask in batch["valid_mask"].items() if not mask.all()}
+        kept = {"pixel_values": batch["pixel_values"], "gsd": batch["gsd"]}
+        return kept | ({"valid_mask": valid} if valid else {})
+
+    def _generator(self, content: str, epoch: int | None = None) -> torch.Generator:
+        epoch = int(self._epoch) if epoch is None else epoch
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{epoch}-{content}".encode()))
 
     def _augment(self, sample: dict[str, Any]) -> dict[str, Any]:
-        generator = self._generator(sample["id"])
+        generator = self._generator(sample["id"], sample.get("epoch"))  # in a mixture each data set has its own epoch
         if self.crop_size is not None:
-            sample = random_crop(sample, self.crop_size, generator)
+            size = self.crop_size
+            if self.group:  # samples of any size go together: small ones stay whole
+                size = min(size, *(max(sides) for sides in zip(*layer_sizes(sample).values())))
+            sample = random_crop(sample, size, generator)
         if self.flip:
             sample = random_flip(sample, generator)
         if self.modality_dropout:
@@ -123,15 +148,21 @@ def _label_dtype(value: np.ndarray) -> type:
     return np.float32 if value.ndim == 1 or value.dtype.kind == "f" else np.int64
 
 
-def _group(samples: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """Positions of the samples of one description: what the processor must be told is the same for them."""
-    groups: dict[str, list[int]] = {}
+def _group(samples: list[dict[str, Any]], by_shape: bool = False) -> dict[Any, list[int]]:
+    """Positions of the samples of one description: what the processor must be told is the same for them. `by_shape`
+    also tells apart samples that have different modalities, or the same in different sizes.
+    """
+    groups: dict[Any, list[int]] = {}
     descriptions: dict[int, str] = {}  # samples of one data set share the very same dictionary
     for index, sample in enumerate(samples):
         sensors = sample["sensors"]
         if id(sensors) not in descriptions:
             descriptions[id(sensors)] = repr(sorted(sensors.items()))
-        groups.setdefault(descriptions[id(sensors)], []).append(index)
+        key = descriptions[id(sensors)]
+        if by_shape:
+            shapes = [(name, pixels.shape) for name, pixels in sample["images"].items() if pixels is not None]
+            key = (key, *sorted(shapes))
+        groups.setdefault(key, []).append(index)
     return groups
 
 

@@ -154,7 +154,7 @@ class MapexConfig(PreTrainedConfig):
     # What Trainer.evaluate need not gather.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *("hidden_states", "attentions", "router_logits", "router_indices", "router_weights"),
-        *("reconstruction_losses", "predictions", "hidden_patches"),
+        *("reconstruction_losses", "sums", "predictions", "hidden_patches"),
     ]
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {
         "embeddings": "free_full_weight",

@@ -1,6 +1,7 @@
 """Reading shards with `datasets`: map-style and streaming, from a folder or the Hub, split by process and worker."""
 
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from .shards_mapex import ShardSchema, shard_files
 
@@ -238,3 +239,85 @@ class ShardStream(IterableDataset):
         """Go on from [`ShardStream.state_dict`] when next iterated."""
         self.set_epoch(state["epoch"])
         self.dataset.load_state_dict(state["stream"])
+
+
+class MixedShardStream(IterableDataset):
+    """Samples of several streams in one that never ends: each is drawn from a stream at random, by weight, and a stream
+    that comes to its end begins its next epoch. Samples get a key `"epoch"`, that of their own stream.
+
+    Resumable as [`ShardStream`] is. With workers, each draws its own mixture; a stream with fewer shards than there are
+    workers is read by as many of them as it has shards.
+
+    Args:
+        streams (`dict[str, ShardStream]`): By name; all of this process's share.
+        weights (`dict[str, float]`, *optional*): Share of the samples, of those names. Default: all alike.
+        seed (`int`): Of the draws; give each process its own.
+
+    Raises:
+        ValueError: no streams, weights of other names or not positive, or (when iterated) a stream without samples.
+    """
+
+    def __init__(self, streams: dict[str, ShardStream], weights: dict[str, float] | None = None, seed: int = 0):
+        weights = dict.fromkeys(streams, 1.0) if weights is None else weights
+        if not streams or set(weights) != set(streams):
+            raise ValueError(f"The weights of {sorted(weights)} do not belong to the streams {sorted(streams)}.")
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights.values()):
+            raise ValueError(f"Weights must be above 0: leave out what is not wanted; got {weights}.")
+        self.streams = streams
+        self.weights = weights
+        self.seed = seed
+        self._drawn = 0  # samples so far
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine = [name for name, stream in self.streams.items() if part < stream.num_shards]
+        if not mine:
+            most = max(stream.num_shards for stream in self.streams.values())
+            raise ValueError(
+                f"Worker {part} of {parts} has nothing to read: the data sets have at most {most} shards for this "
+                f"process. Use at most {most} workers."
+            )
+        # What one worker lacks the others must make up for: a stream read by few of them weighs more there.
+        readers = {name: min(self.streams[name].num_shards, parts) for name in mine}
+        weights = np.array([self.weights[name] / readers[name] for name in mine])
+        bounds = np.cumsum(weights / weights.sum())
+        iterators = {name: iter(self.streams[name]) for name in mine}
+        while True:
+            draw = np.random.default_rng([self.seed, part, self._drawn]).random()
+            name = mine[min(int(np.searchsorted(bounds, draw, side="right")), len(mine) - 1)]
+            stream = self.streams[name]
+            sample = next(iterators[name], None)
+            if sample is None:
+                stream.set_epoch(int(stream.window.epoch) + 1)
+                iterators[name] = iter(stream)
+                sample = next(iterators[name], None)
+                if sample is None:
+                    raise ValueError(f"`{name}` has no samples for this process: check its shards, places and share.")
+            self._drawn += 1
+            yield {**sample, "epoch": int(stream.window.epoch)}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin this epoch of every stream, and other draws than in earlier ones."""
+        self._drawn = epoch << 32
+        for stream in self.streams.values():
+            stream.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the mixture is: plain data."""
+        streams = {name: stream.state_dict() for name, stream in self.streams.items()}
+        return {"drawn": self._drawn, "streams": streams}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from [`MixedShardStream.state_dict`] when next iterated.
+
+        Raises:
+            ValueError: the state is of a mixture of other streams.
+        """
+        if set(state["streams"]) != set(self.streams):
+            raise ValueError(
+                f"The position is of a mixture of {sorted(state['streams'])}, this one is of {sorted(self.streams)}."
+            )
+        self._drawn = state["drawn"]
+        for name, stream in self.streams.items():
+            stream.load_state_dict(state["streams"][name])

@@ -2,14 +2,16 @@
 experts balanced and modality-specific.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 
-def modality_averaging_weights(
+def modality_membership(
     modality_ids: torch.LongTensor, num_modalities: int, token_mask: torch.BoolTensor | None = None
 ) -> torch.Tensor:
-    """Weights with which a matrix product takes the mean of a token quantity within each modality.
+    """Matrix that sums a token quantity within each modality.
 
     Args:
         modality_ids (`torch.LongTensor` of shape `(num_tokens,)`): Modality of each token.
@@ -17,46 +19,116 @@ def modality_averaging_weights(
         token_mask (`torch.BoolTensor` of shape `(num_tokens,)`, *optional*): False for tokens that do not count.
 
     Returns:
-        `torch.Tensor` of shape `(num_modalities, num_tokens)`: each row sums to 1, or is 0 for an absent modality.
+        `torch.Tensor` of shape `(num_modalities, num_tokens)`: 1 where the token is of the modality, else 0.
     """
-    weights = nn.functional.one_hot(modality_ids, num_modalities).T.to(torch.float32)  # (M, T)
-    if token_mask is not None:
-        weights = weights * token_mask
-    return weights / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+    membership = nn.functional.one_hot(modality_ids, num_modalities).T.to(torch.float32)  # (M, T)
+    return membership if token_mask is None else membership * token_mask
 
 
-def _mean_over_present(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean over the modalities that have tokens: `values (M, ...)`, `weights (M, T)`."""
-    present = weights.sum(dim=1)  # 1 or 0
-    return torch.einsum("m,m...->...", present.to(values.dtype), values) / present.sum().clamp_min(1.0)
+@dataclass
+class PretrainingSums:
+    """All that the losses of a step are computed from, as sums over tokens and pixels. The sums of the parts of a batch
+    add up to those of the whole, whether the parts differ in modalities or size or lie on different processes: so the
+    losses, which are no means over samples, are the same however a batch is divided.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(num_modalities,)`): Tokens that were routed.
+        router (`tuple[torch.Tensor]`): Per layer with a router, from [`router_sums`].
+        squared_error, values (`torch.Tensor` of shape `(num_modalities,)`): Of the reconstruction, and their number.
+    """
+
+    tokens: torch.Tensor
+    router: tuple[torch.Tensor, ...]
+    squared_error: torch.Tensor
+    values: torch.Tensor
+
+    def __add__(self, other: "PretrainingSums") -> "PretrainingSums":
+        return PretrainingSums(
+            self.tokens + other.tokens,
+            tuple(one + another for one, another in zip(self.router, other.router)),
+            self.squared_error + other.squared_error,
+            self.values + other.values,
+        )
+
+    def all_reduce(self, process_group) -> "PretrainingSums":
+        """The sums over the processes of a group. Differentiable: where each process takes the gradient of the same
+        loss of these sums and the gradients are then averaged, as DDP does, the result is that of one process.
+        """
+        from torch.distributed.nn.functional import all_reduce
+
+        parts = (self.tokens, *self.router, self.squared_error, self.values)
+        flat = all_reduce(torch.cat([part.flatten() for part in parts]), group=process_group)
+        pieces = flat.split([part.numel() for part in parts])
+        tokens, *router, squared_error, values = (piece.view_as(part) for piece, part in zip(pieces, parts))
+        return PretrainingSums(tokens, tuple(router), squared_error, values)
+
+    def detach(self) -> "PretrainingSums":
+        router = tuple(part.detach() for part in self.router)
+        return PretrainingSums(self.tokens.detach(), router, self.squared_error.detach(), self.values.detach())
+
+    def routing_means(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per layer, means over the tokens of each modality: probability of each expert `(M, E)`, share of the tokens
+        sent to it `(M, E)`, and squared log-sum-exp of the logits `(M,)`; zero for absent modalities.
+        """
+        means = [sums / self.tokens[:, None].clamp_min(1.0) for sums in self.router]
+        experts = [(mean.shape[1] - 1) // 2 for mean in means]
+        return [(mean[:, :held], mean[:, held:-1], mean[:, -1]) for mean, held in zip(means, experts)]
+
+    def reconstruction_errors(self) -> torch.Tensor:
+        """Mean square error of each modality `(M,)`; zero where nothing was hidden."""
+        return self.squared_error / self.values.clamp_min(1.0)
 
 
-def load_balancing_loss(
-    router_logits: torch.Tensor, expert_index: torch.LongTensor, gates: torch.Tensor, weights: torch.Tensor
+def router_sums(
+    router_logits: torch.Tensor, expert_index: torch.LongTensor, gates: torch.Tensor, membership: torch.Tensor
 ) -> torch.Tensor:
-    """Load balancing loss of one layer, `E * sum_e f_e P_e / sum_e f_e` (Switch Transformer, arXiv 2101.03961,
-    equation 4), with `f` (share of tokens sent to an expert) and `P` (its mean probability) averaged over modalities,
-    so that a sensor with many tokens does not outvote the others. It is 1 when balanced.
+    """What one layer adds to [`PretrainingSums`].
 
     Args:
         router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Before noise and pools.
         expert_index (`torch.LongTensor` of shape `(num_tokens, top_k)`): Experts that were chosen.
         gates (`torch.Tensor` of shape `(num_tokens, top_k)`):
             Their weights; 0 marks a place that no allowed expert was left for, which does not count.
-        weights (`torch.Tensor` of shape `(num_modalities, num_tokens)`): From [`modality_averaging_weights`].
+        membership (`torch.Tensor` of shape `(num_modalities, num_tokens)`): From [`modality_membership`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_modalities, 2 * num_experts + 1)`: sums over the tokens of each modality of the
+        probability of each expert, of 1 where it was chosen, and of the squared log-sum-exp of the logits.
     """
-    num_experts = router_logits.shape[1]
+    log_sum = router_logits.logsumexp(dim=-1, keepdim=True)  # (T, 1)
     chosen = torch.zeros_like(router_logits).scatter(1, expert_index, (gates > 0).to(router_logits.dtype))  # (T, E)
-    dispatched = _mean_over_present(weights @ chosen, weights)  # (E,)
-    probability = _mean_over_present(weights @ router_logits.softmax(dim=-1), weights)  # (E,)
-    return num_experts * (dispatched * probability).sum() / dispatched.sum().clamp_min(1e-9)
+    quantities = torch.cat([(router_logits - log_sum).exp(), chosen, log_sum.square()], dim=1)  # (T, 2 E + 1)
+    return membership.to(quantities.dtype) @ quantities
 
 
-def router_z_loss(router_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean square of the log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, equation 5), averaged over
-    modalities; it keeps the logits small. Arguments as in [`load_balancing_loss`].
+def _mean_over_present(values: torch.Tensor, present: torch.BoolTensor) -> torch.Tensor:
+    """Mean of `values (M, ...)` over the modalities that are `present (M,)`."""
+    weights = present.to(values.dtype)
+    return torch.einsum("m,m...->...", weights, values) / weights.sum().clamp_min(1.0)
+
+
+def load_balancing_loss(
+    probability: torch.Tensor, dispatched: torch.Tensor, present: torch.BoolTensor
+) -> torch.Tensor:
+    """Load balancing loss of one layer, `E * sum_e f_e P_e / sum_e f_e` (Switch Transformer, arXiv 2101.03961,
+    equation 4), with `f` (share of tokens sent to an expert) and `P` (its mean probability) averaged over modalities,
+    so that a sensor with many tokens does not outvote the others. It is 1 when balanced.
+
+    Args:
+        probability, dispatched (`torch.Tensor` of shape `(num_modalities, num_experts)`):
+            From [`PretrainingSums.routing_means`].
+        present (`torch.BoolTensor` of shape `(num_modalities,)`): Modalities that have tokens.
     """
-    return _mean_over_present(weights @ router_logits.logsumexp(dim=-1).square(), weights)
+    share = _mean_over_present(dispatched, present)  # (E,)
+    product = (share * _mean_over_present(probability, present)).sum()
+    return probability.shape[1] * product / share.sum().clamp_min(1e-9)
+
+
+def router_z_loss(squared_log_sum: torch.Tensor, present: torch.BoolTensor) -> torch.Tensor:
+    """Mean square of the log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, equation 5), averaged over
+    modalities; it keeps the logits small. `squared_log_sum (M,)` is the third of [`PretrainingSums.routing_means`].
+    """
+    return _mean_over_present(squared_log_sum, present)
 
 
 def _entropy(probability: torch.Tensor) -> torch.Tensor:
@@ -64,22 +136,57 @@ def _entropy(probability: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(probability.clamp_min(torch.finfo(probability.dtype).tiny)).sum(dim=-1)
 
 
-def mutual_information(router_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`I(modality; expert)` of one layer in nats, from mean router probabilities and with the present modalities
-    equally likely (Mod-Squad, arXiv 2212.08066, equation 3, with the task replaced by the modality): 0 when all
-    modalities use the experts alike, at most `min(log M, log E)`. Arguments as in [`load_balancing_loss`].
+def mutual_information(probability: torch.Tensor, present: torch.BoolTensor) -> torch.Tensor:
+    """`I(modality; expert)` of one layer in nats, from mean router probabilities `(M, E)` and with the present
+    modalities equally likely (Mod-Squad, arXiv 2212.08066, equation 3, with the task replaced by the modality): 0 when
+    all modalities use the experts alike, at most `min(log M, log E)`.
     """
-    conditional = weights @ router_logits.softmax(dim=-1)  # (M, E)
-    marginal = _mean_over_present(conditional, weights)  # (E,)
-    return _entropy(marginal) - _mean_over_present(_entropy(conditional), weights)
+    marginal = _mean_over_present(probability, present)  # (E,)
+    return _entropy(marginal) - _mean_over_present(_entropy(probability), present)
 
 
-def entropy_floor_loss(router_logits: torch.Tensor, weights: torch.Tensor, floor: float) -> torch.Tensor:
-    """How far, in nats, the entropy of each modality's mean routing falls below `floor`, averaged over modalities
-    (after LIMoE, arXiv 2206.02770, section 3.2). It keeps a second expert in use.
+def entropy_floor_loss(probability: torch.Tensor, present: torch.BoolTensor, floor: float) -> torch.Tensor:
+    """How far, in nats, the entropy of each modality's mean routing `(M, E)` falls below `floor`, averaged over
+    modalities (after LIMoE, arXiv 2206.02770, section 3.2). It keeps a second expert in use.
     """
-    entropy = _entropy(weights @ router_logits.softmax(dim=-1))  # (M,)
-    return _mean_over_present((floor - entropy).clamp_min(0.0), weights)
+    return _mean_over_present((floor - _entropy(probability)).clamp_min(0.0), present)
+
+
+def pretraining_losses(
+    sums: PretrainingSums, config, mutual_information_scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """The loss of pretraining and its parts, with the coefficients of a `MapexConfig`; reconstruction is averaged over
+    modalities, the losses of routers summed over layers.
+
+    Returns:
+        `dict[str, torch.Tensor]`: scalars `loss`, `reconstruction_loss`, `load_balancing_loss`, `router_z_loss`,
+        `mutual_information`, `entropy_floor_loss`.
+    """
+    present = sums.tokens > 0
+    parts = {
+        "reconstruction_loss": _mean_over_present(sums.reconstruction_errors(), sums.values > 0),
+        **dict.fromkeys(
+            ("load_balancing_loss", "router_z_loss", "mutual_information", "entropy_floor_loss"),
+            sums.tokens.new_zeros(()),
+        ),
+    }
+    for probability, dispatched, squared_log_sum in sums.routing_means():
+        parts["load_balancing_loss"] = parts["load_balancing_loss"] + load_balancing_loss(
+            probability, dispatched, present
+        )
+        parts["router_z_loss"] = parts["router_z_loss"] + router_z_loss(squared_log_sum, present)
+        parts["mutual_information"] = parts["mutual_information"] + mutual_information(probability, present)
+        if config.router_entropy_floor > 0:
+            floor = entropy_floor_loss(probability, present, config.router_entropy_floor)
+            parts["entropy_floor_loss"] = parts["entropy_floor_loss"] + floor
+    loss = (
+        parts["reconstruction_loss"]
+        + config.router_aux_loss_coef * parts["load_balancing_loss"]
+        + config.router_z_loss_coef * parts["router_z_loss"]
+        + config.router_entropy_coef * parts["entropy_floor_loss"]
+        - mutual_information_scale * config.mutual_information_coef * parts["mutual_information"]
+    )
+    return {"loss": loss, **parts}
 
 
 def patchify(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -127,10 +234,10 @@ def normalize_groups(
     return (patches - mean) / std, mean, std
 
 
-def masked_mean_square(
+def masked_squared_error(
     prediction: torch.Tensor, target: torch.Tensor, hidden: torch.Tensor, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean square error over the valid pixels of the hidden patches of one modality.
+    """Sum of the squared error over the valid pixels of the hidden patches of one modality.
 
     Args:
         prediction, target (`torch.Tensor` of shape `(batch, num_patches, channels, pixels)`)
@@ -138,10 +245,10 @@ def masked_mean_square(
         valid (`torch.BoolTensor` of shape `(batch, num_patches, 1, pixels)`, *optional*): Pixels that count.
 
     Returns:
-        The error, a scalar, and how many values it is the mean of; 0 and 0 where there are none.
+        The sum, a scalar, and how many values it is over.
     """
     counted = hidden[:, :, None, None] if valid is None else hidden[:, :, None, None] & valid  # (B, N, 1, 1 or P)
     # Chosen before the square: a target that does not count may be NaN, and NaN times a zero gradient is NaN.
     difference = torch.where(counted, prediction - target, 0.0)
-    count = counted.expand_as(difference).sum()
-    return difference.square().sum() / count.clamp_min(1), count
+    count = counted.sum() * (difference[0, 0].numel() // counted[0, 0].numel())
+    return difference.square().sum(), count

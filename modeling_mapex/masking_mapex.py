@@ -126,21 +126,21 @@ def sample_visible_tokens(
     return visible_ids, visible_mask, present & ~is_visible
 
 
-def modality_pools(logits: torch.Tensor, averaging: torch.Tensor, draws: torch.Tensor) -> torch.BoolTensor:
+def modality_pools(logits: torch.Tensor, membership: torch.Tensor, draws: torch.Tensor) -> torch.BoolTensor:
     """The experts that each modality may use in this step: the `s` with its highest mean probability in the batch,
     with `s` uniform on 1 .. E (EMO, arXiv 2605.06663). Trained so, a modality learns to get along with few experts, and
     which ones: the regime that pruning creates.
 
     Args:
         logits (`torch.Tensor` of shape `(T, num_experts)`)
-        averaging (`torch.Tensor` of shape `(num_modalities, T)`): From `modality_averaging_weights`.
+        membership (`torch.Tensor` of shape `(num_modalities, T)`): From `modality_membership`.
         draws (`torch.Tensor` of shape `(num_modalities,)`): Uniform in [0, 1).
 
     Returns:
         `torch.BoolTensor` of shape `(num_modalities, num_experts)`.
     """
     num_experts = logits.shape[1]
-    mean_probability = averaging.to(logits.dtype) @ logits.softmax(dim=-1)  # (M, E)
-    rank = mean_probability.argsort(dim=1, descending=True).argsort(dim=1)
+    probability = membership.to(logits.dtype) @ logits.softmax(dim=-1)  # (M, E), sums rank as means do
+    rank = probability.argsort(dim=1, descending=True).argsort(dim=1)
     size = 1 + (draws * num_experts).floor()
     return rank < size[:, None]

@@ -34,14 +34,13 @@ from .calibration_mapex import ExpertRecorder
 from .checkpoint_mapex import Repository, group_by_modality, open_pruned, staged, upload_checkpoint
 from .configuration_mapex import AUTO_MAP, MapexConfig
 from .losses_mapex import (
-    entropy_floor_loss,
-    load_balancing_loss,
-    masked_mean_square,
-    modality_averaging_weights,
-    mutual_information,
+    PretrainingSums,
+    masked_squared_error,
+    modality_membership,
     normalize_groups,
     patchify,
-    router_z_loss,
+    pretraining_losses,
+    router_sums,
     unpatchify,
 )
 from .masking_mapex import (
@@ -102,6 +101,7 @@ class MapexForPreTrainingOutput(ModelOutput):
         load_balancing_loss, router_z_loss, mutual_information, entropy_floor_loss (`torch.Tensor`):
             Each summed over the layers with a router; mutual information and entropy in nats.
         reconstruction_losses (`dict[str, torch.Tensor]`): Per modality, mean square error over hidden valid pixels.
+        sums (`PretrainingSums`): What the losses are computed from.
         predictions (`dict[str, torch.Tensor]`):
             Per modality `(batch_size, num_patches, channels, patch_size ** 2)`, in units of the normalised target.
         hidden_patches (`dict[str, torch.BoolTensor]`):
@@ -117,6 +117,7 @@ class MapexForPreTrainingOutput(ModelOutput):
     mutual_information: torch.FloatTensor | None = None
     entropy_floor_loss: torch.FloatTensor | None = None
     reconstruction_losses: dict[str, torch.FloatTensor] | None = None
+    sums: PretrainingSums | None = None
     predictions: dict[str, torch.FloatTensor] | None = None
     hidden_patches: dict[str, torch.BoolTensor] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -143,7 +144,7 @@ class MapexRouting(NamedTuple):
         token_index (`torch.LongTensor`, *optional*): Positions of the tokens that exist. `None`: all.
         expert_mask (`list[torch.BoolTensor]`, *optional*): Per MoE layer the experts that may be used.
         pools (`torch.Tensor` of shape `(num_moe_layers, num_modalities)`, *optional*): Uniform draws of pool sizes.
-        averaging (`torch.Tensor` of shape `(num_modalities, T)`, *optional*): Needed with `pools`.
+        membership (`torch.Tensor` of shape `(num_modalities, T)`, *optional*): Needed with `pools`.
         noise (`torch.Tensor` of shape `(num_moe_layers, T, num_experts)`, *optional*): Added to the router logits.
         recorder (`ExpertRecorder`, *optional*): Collects expert statistics.
     """
@@ -152,7 +153,7 @@ class MapexRouting(NamedTuple):
     token_index: torch.LongTensor | None = None
     expert_mask: list[torch.BoolTensor] | None = None
     pools: torch.Tensor | None = None
-    averaging: torch.Tensor | None = None
+    membership: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     recorder: ExpertRecorder | None = None
 
@@ -336,7 +337,7 @@ class MapexTopKRouter(nn.Module):
             allowed = allowed if allowed.ndim == 1 else allowed[routing.modality_ids]
         if routing.pools is not None:
             candidates = logits.detach() if allowed is None else logits.detach().masked_fill(~allowed, -torch.inf)
-            pool = modality_pools(candidates, routing.averaging, routing.pools[self.moe_index])
+            pool = modality_pools(candidates, routing.membership, routing.pools[self.moe_index])
             pool = pool[routing.modality_ids]
             allowed = pool if allowed is None else allowed & pool
         return allowed
@@ -997,14 +998,14 @@ class MapexModel(MapexPreTrainedModel):
         # there they pass through the experts and are ignored after.
         if flat_mask is not None and not torch.compiler.is_compiling() and not flat_mask.all():
             token_index = flat_mask.nonzero().squeeze(1)
-        averaging = None
+        membership = None
         if router_pools is not None:
-            averaging = modality_averaging_weights(flat_ids, len(self.config.modalities), flat_mask)
+            membership = modality_membership(flat_ids, len(self.config.modalities), flat_mask)
         if router_noise is not None:
             router_noise = router_noise.flatten(1, 2)  # (L, T, E)
         if recorder is not None:
             recorder.count_tokens(flat_ids if token_index is None else flat_ids[token_index])
-        return MapexRouting(flat_ids, token_index, expert_mask, router_pools, averaging, router_noise, recorder)
+        return MapexRouting(flat_ids, token_index, expert_mask, router_pools, membership, router_noise, recorder)
 
     def _pool(
         self, hidden_states: torch.Tensor, modality_ids: torch.LongTensor, token_mask: torch.BoolTensor | None
@@ -1098,13 +1099,15 @@ class MapexForPreTraining(MapexPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: dict[str, torch.Tensor],
+        pixel_values: dict[str, torch.Tensor] | None = None,
         modality_mask: dict[str, torch.BoolTensor] | None = None,
         valid_mask: dict[str, torch.BoolTensor] | None = None,
         gsd: dict[str, float | torch.Tensor] | None = None,
         noise: PretrainingNoise | None = None,
         generator: torch.Generator | None = None,
+        groups: list[dict[str, Any]] | None = None,
         mutual_information_scale: float = 1.0,
+        process_group: Any | None = None,
         return_loss: bool = True,
         **kwargs,
     ) -> MapexForPreTrainingOutput:
@@ -1115,11 +1118,58 @@ class MapexForPreTraining(MapexPreTrainedModel):
             pixel_values, modality_mask, valid_mask, gsd: As in [`MapexModel.forward`]. Invalid pixels are not targets.
             noise (`PretrainingNoise`, *optional*): All random draws of the step, from [`draw_noise`].
             generator (`torch.Generator`, *optional*): Where to draw the noise from, if it is not given.
+            groups (`list[dict]`, *optional*):
+                Instead of `pixel_values`, a batch in parts whose samples differ in modalities or in size, as
+                `MapexCollator(group=True)` makes them; each a dictionary of the arguments above. The losses are those
+                of one batch that holds them all, without the work that filling up to a common shape would cost. Pools
+                of experts are drawn for each group. The output holds losses and sums only.
             mutual_information_scale (`float`): Multiplies its coefficient; raise it from 0 to 1 to warm up.
+            process_group (`torch.distributed.ProcessGroup`, *optional*):
+                Compute the losses over the batches of all its processes together: the step is then that of one process
+                with all of the data, see [`PretrainingSums.all_reduce`]. Default: of this process's batch alone.
             return_loss (`bool`):
                 Whether the output holds `loss`. By this argument Trainer sees that evaluation needs no labels.
             kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
+
+        Raises:
+            ValueError: both or neither of `pixel_values` and `groups`, or what [`MapexModel.forward`] refuses.
         """
+        if (pixel_values is None) == (not groups):
+            raise ValueError("Give either `pixel_values` or a list of `groups` that is not empty.")
+        if groups:
+            parts = [self._forward_group(generator=generator, **group, **kwargs)["sums"] for group in groups]
+            outputs = {"sums": sum(parts[1:], parts[0])}
+            seen = {name for group in groups for name in group["pixel_values"]}
+        else:
+            outputs = self._forward_group(pixel_values, modality_mask, valid_mask, gsd, noise, generator, **kwargs)
+            seen = set(pixel_values)
+        sums = outputs["sums"]
+        if process_group is not None:
+            sums = outputs["sums"] = sums.all_reduce(process_group)
+        # Differences of nearly equal entropies: not in half precision.
+        with maybe_autocast(sums.tokens.device.type, enabled=False):
+            losses = pretraining_losses(sums, self.config, mutual_information_scale)
+        if self.training and torch.is_grad_enabled():
+            losses["loss"] = losses["loss"] + self._zero_of_unseen(seen)
+        errors = zip(self.config.modalities, sums.reconstruction_errors())
+        losses["reconstruction_losses"] = {
+            name: error for name, error in errors if name in seen or process_group is not None
+        }
+        if not return_loss:
+            del losses["loss"]
+        return MapexForPreTrainingOutput(**losses, **outputs)
+
+    def _forward_group(
+        self,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None = None,
+        valid_mask: dict[str, torch.BoolTensor] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
+        noise: PretrainingNoise | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The fields of the output that belong to one group, and the sums of which the losses are made."""
         config = self.config
         check_inputs(config.modalities, pixel_values, modality_mask, valid_mask, gsd)
         layout = token_layout(config.modalities, pixel_values, modality_mask, valid_mask)
@@ -1149,38 +1199,39 @@ class MapexForPreTraining(MapexPreTrainedModel):
         )
         predictions = self.decoder(outputs.last_hidden_state, visible_ids, visible_mask, layout, gsd)
 
-        slices = layout.slices()
-        hidden_patches = {name: hidden[:, part] for name, part in slices.items()}
-        losses, counts = {}, {}
-        for name, prediction in predictions.items():
-            target, _, _, valid = self._targets(name, pixel_values[name], valid_mask)
-            losses[name], counts[name] = masked_mean_square(prediction.float(), target, hidden_patches[name], valid)
-        present = torch.stack([count > 0 for count in counts.values()]).float()
-        reconstruction_loss = (torch.stack(list(losses.values())) * present).sum() / present.sum().clamp_min(1.0)
+        hidden_patches = {name: hidden[:, part] for name, part in layout.slices().items()}
+        zero = outputs.last_hidden_state.new_zeros((), dtype=torch.float32)
+        errors, counts = [], []
+        for name in config.modalities:
+            error, count = zero, zero
+            if name in predictions:
+                target, _, _, valid = self._targets(name, pixel_values[name], valid_mask)
+                error, count = masked_squared_error(predictions[name].float(), target, hidden_patches[name], valid)
+            errors.append(error)
+            counts.append(count)
+        with maybe_autocast(zero.device.type, enabled=False):
+            tokens, router = self._router_sums(outputs)
+        return {
+            "sums": PretrainingSums(tokens, router, torch.stack(errors), torch.stack(counts).to(zero.dtype)),
+            "predictions": predictions,
+            "hidden_patches": hidden_patches,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+            "router_logits": outputs.router_logits,
+            "router_indices": outputs.router_indices,
+            "router_weights": outputs.router_weights,
+        }
 
-        # Differences of nearly equal entropies: not in half precision.
-        with maybe_autocast(reconstruction_loss.device.type, enabled=False):
-            router = self._router_losses(outputs)
-        loss = (
-            reconstruction_loss
-            + config.router_aux_loss_coef * router["load_balancing_loss"]
-            + config.router_z_loss_coef * router["router_z_loss"]
-            + config.router_entropy_coef * router["entropy_floor_loss"]
-            - mutual_information_scale * config.mutual_information_coef * router["mutual_information"]
-        )
-        return MapexForPreTrainingOutput(
-            loss=loss if return_loss else None,
-            reconstruction_loss=reconstruction_loss,
-            **router,
-            reconstruction_losses=losses,
-            predictions=predictions,
-            hidden_patches=hidden_patches,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            router_indices=outputs.router_indices,
-            router_weights=outputs.router_weights,
-        )
+    def _zero_of_unseen(self, seen: set[str]) -> torch.Tensor | float:
+        """Zero, with a gradient of zero for the parameters of modalities that the batch lacks: processes whose batches
+        lack different ones must exchange the same gradients, and one process must do as they do.
+        """
+        total = 0.0
+        for name in self.config.modalities:
+            if name not in seen:
+                parts = (self.mapex.embeddings.patch_embeddings[name], self.decoder.heads[name])
+                total = total + sum(0.0 * parameter.sum() for part in parts for parameter in part.parameters())
+        return total
 
     def draw_noise(
         self, pixel_values: dict[str, torch.Tensor], generator: torch.Generator | None = None
@@ -1220,13 +1271,13 @@ class MapexForPreTraining(MapexPreTrainedModel):
         groups = [[bands.index(band) for band in group] for group in groups]
         return (*normalize_groups(patches, groups, valid), valid)
 
-    def _router_losses(self, outputs: MapexModelOutput) -> dict[str, torch.Tensor]:
-        """The four router losses, each summed over the layers with a router."""
-        config = self.config
-        names = ("load_balancing_loss", "router_z_loss", "mutual_information", "entropy_floor_loss")
-        totals = {name: outputs.last_hidden_state.new_zeros((), dtype=torch.float32) for name in names}
+    def _router_sums(self, outputs: MapexModelOutput) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Visible tokens of each modality, and what the routers did with them, as [`PretrainingSums`] holds them."""
+        mask = None if outputs.token_mask is None else outputs.token_mask.flatten()
+        membership = modality_membership(outputs.modality_ids.flatten(), len(self.config.modalities), mask)
+        tokens = membership.sum(dim=1)
         if not outputs.router_logits:
-            return totals
+            return tokens, ()
         learns = self.mapex.embeddings.modality_embeddings.weight.requires_grad
         needs_gradient = self.training and torch.is_grad_enabled() and learns
         if needs_gradient and not outputs.router_logits[0].requires_grad:
@@ -1234,18 +1285,8 @@ class MapexForPreTraining(MapexPreTrainedModel):
                 "The router logits have no gradient, so the router losses would do nothing. Use activation "
                 "checkpointing that is not reentrant: `use_reentrant=False`."
             )
-        mask = None if outputs.token_mask is None else outputs.token_mask.flatten()
-        weights = modality_averaging_weights(outputs.modality_ids.flatten(), len(config.modalities), mask)
-        weights = weights.to(outputs.router_logits[0].dtype)
-        for logits, index, gates in zip(outputs.router_logits, outputs.router_indices, outputs.router_weights):
-            balance = load_balancing_loss(logits, index, gates, weights)
-            totals["load_balancing_loss"] = totals["load_balancing_loss"] + balance
-            totals["router_z_loss"] = totals["router_z_loss"] + router_z_loss(logits, weights)
-            totals["mutual_information"] = totals["mutual_information"] + mutual_information(logits, weights)
-            if config.router_entropy_floor > 0:
-                floor = entropy_floor_loss(logits, weights, config.router_entropy_floor)
-                totals["entropy_floor_loss"] = totals["entropy_floor_loss"] + floor
-        return totals
+        routers = zip(outputs.router_logits, outputs.router_indices, outputs.router_weights)
+        return tokens, tuple(router_sums(logits, index, gates, membership) for logits, index, gates in routers)
 
     @torch.no_grad()
     def reconstruct(

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_mapex.losses_mapex import modality_averaging_weights
+from modeling_mapex.losses_mapex import modality_membership
 from modeling_mapex.masking_mapex import (
     draw_pretraining_noise,
     modality_pools,
@@ -97,8 +97,8 @@ def test_same_generator_same_draw():
 
 def test_pools_keep_the_most_probable():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
-    averaging = modality_averaging_weights(torch.tensor([0, 1]), 2)
-    pools = modality_pools(logits, averaging, torch.tensor([0.3, 0.99]))
+    membership = modality_membership(torch.tensor([0, 1]), 2)
+    pools = modality_pools(logits, membership, torch.tensor([0.3, 0.99]))
     assert pools.tolist() == [[True, True, False, False], [True, True, True, True]]
-    sizes = [modality_pools(logits, averaging, torch.full((2,), draw)).sum(dim=1).tolist() for draw in (0.0, 0.25, 0.5)]
+    sizes = [modality_pools(logits, membership, torch.full((2,), draw)).sum(dim=1).tolist() for draw in (0.0, 0.25, 0.5)]
     assert sizes == [[1, 1], [2, 2], [3, 3]]

@@ -1,0 +1,687 @@
+"""Pretrain MAPEX on shards of any mix of sensors, on one CPU or many GPUs.
+
+    # one CPU
+    python examples/run_pretraining.py --sources data/ben --modalities s1 s2 --preset nano --max_steps 1000
+    # one GPU, in bf16
+    python examples/run_pretraining.py --sources org/s1-s2-shards org/dem-shards --weights 3 1 --mixed_precision bf16
+    # eight GPUs: every option may stand in a file; what follows it on the command line wins
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml --num_processes 8 \
+        examples/run_pretraining.py examples/configs/base.yaml --output_dir outputs/base
+    # two nodes of eight GPUs: the same on each, with its rank
+    accelerate launch --config_file examples/accelerate_configs/multi_node.yaml --machine_rank 0 \
+        --main_process_ip 10.0.0.1 examples/run_pretraining.py examples/configs/base.yaml --output_dir /shared/base
+
+`--sources` are folders of shards, as the scripts in `conversion/` write them, or data set repositories on the Hub. Of
+each, the modalities that the model has are read. `--held_out` of the places are kept for evaluation: no sample of them
+is trained on. The run writes checkpoints to `output_dir`, from the last of which the same command goes on after it was
+stopped, whenever and however; at its end it calibrates the experts on held-out data and writes the model, in files
+grouped by modality and with its card, to `output_dir/model`.
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, send_to_device, set_seed
+from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
+from tqdm import tqdm
+from transformers import HfArgumentParser, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+
+from modeling_mapex import MapexConfig, MapexForPreTraining
+from modeling_mapex.collation_mapex import MapexCollator
+from modeling_mapex.data_mapex import MixedShardStream, ShardStream, read_schema, split_of_place, stream_shards
+from modeling_mapex.image_processing_mapex import MapexImageProcessor
+from modeling_mapex.losses_mapex import PretrainingSums, pretraining_losses
+from modeling_mapex.routing_mapex import routing_metrics
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    preset: str = field(default="base", metadata={"help": "Size: nano, tiny, small, base or large."})
+    modalities: list[str] | None = field(
+        default=None, metadata={"help": "Sensors of the registry; in a file also a mapping to bands or descriptions."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Fields of MapexConfig as JSON (a mapping in a file): '{\"num_experts\": 8}'."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "A folder or repository with a config.json, instead of a preset."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A checkpoint to start from, instead of random weights."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    sources: list[str] = field(default_factory=list, metadata={"help": "Folders of shards or repositories on the Hub."})
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "How often samples of each source are drawn. Default: all alike."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the shards to train on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, where there is one, instead of --held_out."}
+    )
+    held_out: float = field(default=0.1, metadata={"help": "Share of the places kept for evaluation."})
+    split_seed: int = field(default=0, metadata={"help": "Chooses the places."})
+    evaluation_samples: int = field(default=256, metadata={"help": "Held-out samples of each source to evaluate on."})
+    crop_size: int = field(default=128, metadata={"help": "Side in pixels of the crops; smaller samples stay whole."})
+    band_dropout: float = field(default=0.0, metadata={"help": "Probability of replacing a band by its mean."})
+    shuffle_window: int = field(default=512, metadata={"help": "So many samples of a source are shuffled at a time."})
+    num_workers: int = field(default=1, metadata={"help": "Processes that read and augment, for each training process."})
+
+
+@dataclass
+class PretrainingArguments:
+    """How to train."""
+
+    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Checkpoints, logs and the model."})
+    max_steps: int = field(default=100_000, metadata={"help": "Optimisation steps."})
+    per_device_batch_size: int = field(default=64, metadata={"help": "Samples of a process and forward pass."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes for each step."})
+    base_learning_rate: float = field(
+        default=1.5e-4, metadata={"help": "For 256 samples a step; the rate grows linearly with their number."}
+    )
+    minimum_learning_rate: float = field(default=0.01, metadata={"help": "Share of the rate that the cosine ends at."})
+    warmup_steps: int = field(default=2000, metadata={"help": "Steps of linear warm-up."})
+    mutual_information_warmup_steps: int = field(
+        default=2000, metadata={"help": "Steps in which mutual information gains its full weight."}
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; biases, norms, embeddings have none."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no or bf16. Default: what accelerate launch says."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Save memory, compute activations twice."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model; samples then need one size."})
+    local_losses: bool = field(
+        default=False, metadata={"help": "Losses of each process by itself; then no step equals that of one process."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of weights, order, crops, masks and noise."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps from log to log."})
+    evaluation_steps: int = field(default=1000, metadata={"help": "Steps from evaluation to evaluation."})
+    checkpoint_steps: int = field(default=1000, metadata={"help": "Steps from checkpoint to checkpoint."})
+    keep_checkpoints: int = field(default=2, metadata={"help": "How many of the last to keep."})
+    from_scratch: bool = field(default=False, metadata={"help": "Delete the checkpoints there are; do not resume."})
+    stop_after: int | None = field(default=None, metadata={"help": "End this session at a step, as if interrupted."})
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "Trackers of Accelerate, or none. Default: tensorboard where it is installed."}
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "Of one device, in 1e12 operations a second; gives the utilisation (MFU)."}
+    )
+    process_timeout: int = field(default=600, metadata={"help": "Seconds to wait for a process before giving up."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Repository to push the model to at the end."})
+
+
+class Stop(SystemExit):
+    """An end with a message for the user and without a traceback."""
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
+    """Arguments from the command line, after those of a JSON or YAML file if the first is one."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((ModelArguments, DataArguments, PretrainingArguments), description=__doc__)
+    parser.formatter_class = argparse_formatter()
+    values = {}
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        file, *argv = argv
+        try:
+            values = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise Stop(f"Cannot read the options in {file}: {error}") from error
+        if not isinstance(values, dict):
+            raise Stop(f"{file} must hold a mapping from option to value.")
+        known = {entry.name for kind in parser.dataclass_types for entry in fields(kind)}
+        if unknown := sorted(set(values) - known):
+            raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def argparse_formatter():
+    """Keeps the line breaks of this file's docstring, and shows defaults."""
+    import argparse
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return Formatter
+
+
+def build_model(args: ModelArguments) -> MapexForPreTraining:
+    """The model to train, from a checkpoint, a configuration or a preset."""
+    if args.model_name_or_path:
+        return MapexForPreTraining.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    overrides = args.config_overrides or {}
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides)
+        except json.JSONDecodeError as error:
+            raise Stop(f"--config_overrides is no JSON: {error}") from error
+    if args.config_name:
+        return MapexForPreTraining(MapexConfig.from_pretrained(args.config_name, **overrides))
+    return MapexForPreTraining(MapexConfig.from_preset(args.preset, modalities=args.modalities, **overrides))
+
+
+def usable_modalities(source: str, split: str, config: MapexConfig) -> tuple[list[str], list[str]]:
+    """Modalities of a source that the model can be trained on, and why others are not."""
+    usable, refused = [], []
+    for name, layer in read_schema(source, split).modalities.items():
+        if name not in config.modalities:
+            refused.append(f"{name} (not a modality of the model)")
+            continue
+        missing = [band for band in config.modalities[name]["bands"] if band not in layer["bands"]]
+        if missing:
+            refused.append(f"{name} (lacks {' '.join(missing)})")
+        else:
+            usable.append(name)
+    return usable, refused
+
+
+def is_of_split(place: str, wanted: str, held_out: float, seed: int) -> bool:
+    """Whether a place belongs to the `"train"` or `"held_out"` side."""
+    return split_of_place(place, {"train": 1.0 - held_out, "held_out": held_out}, seed) == wanted
+
+
+def open_streams(
+    args: DataArguments, modalities: dict[str, list[str]], accelerator: Accelerator, seed: int
+) -> dict[str, ShardStream]:
+    """A shuffled stream of the training side of each source, this process's share."""
+    places = None
+    if args.validation_split is None and args.held_out > 0:
+        places = partial(is_of_split, wanted="train", held_out=args.held_out, seed=args.split_seed)
+    return {
+        source: stream_shards(
+            source,
+            args.train_split,
+            modalities=modalities[source],
+            labels=[],
+            places=places,
+            seed=seed,
+            window=args.shuffle_window,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        for source in args.sources
+    }
+
+
+def held_out_samples(args: DataArguments, modalities: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+    """Up to `evaluation_samples` of each source that no step trains on."""
+    places, split = None, args.validation_split
+    if split is None:
+        if args.held_out <= 0:
+            return {}
+        places, split = (
+            partial(is_of_split, wanted="held_out", held_out=args.held_out, seed=args.split_seed),
+            args.train_split,
+        )
+    samples = {}
+    for source in args.sources:
+        stream = stream_shards(source, split, modalities=modalities[source], labels=[], places=places)
+        samples[source] = [sample for _, sample in zip(range(args.evaluation_samples), stream)]
+    return samples
+
+
+def to_batches(samples: list[dict[str, Any]], collator: MapexCollator, size: int) -> list[dict[str, Any]]:
+    return [collator(samples[start : start + size]) for start in range(0, len(samples), size)]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: not for biases, norms, embeddings, the mask token and what shifts the router."""
+    kept = set(get_parameter_names(model, [nn.LayerNorm, nn.Embedding], [r"bias", r"mask_token", r"modality_shift"]))
+    named = list(model.named_parameters())
+    return [
+        {"params": [parameter for name, parameter in named if name in kept], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in named if name not in kept], "weight_decay": 0.0},
+    ]
+
+
+def step_flops(sums: PretrainingSums, model: MapexForPreTraining) -> float:
+    """Floating point operations of the steps that `sums` are of, all processes together: 6 for each active parameter
+    and token, forward and backward. An estimate: attention scores and recomputed activations are not counted.
+    """
+    config = model.config
+    expert = 2 * config.hidden_size * config.intermediate_size
+    block = 4 * config.hidden_size**2
+    active = config.num_hidden_layers * (block + expert)
+    for held in config.num_layer_experts:
+        active += (min(config.num_experts_per_tok, held) - 1) * expert
+    active += len(config.moe_layers) * config.num_shared_experts * expert
+    width = config.decoder_hidden_size
+    decoder = config.decoder_num_hidden_layers * (4 * width**2 + 2 * width * config.decoder_intermediate_size)
+    total = sums.tokens.sum().item() * (active + config.hidden_size * width)
+    for name, tokens, values in zip(config.modalities, sums.tokens.tolist(), sums.values.tolist()):
+        spec = config.modalities[name]
+        patch = len(spec["bands"]) * spec["patch_size"] ** 2
+        total += (tokens + values / patch) * (decoder + patch * (width + config.hidden_size))
+    return 6.0 * total
+
+
+class Checkpoints:
+    """Checkpoints of a run: written whole or not at all, the last few kept."""
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, keep: int):
+        self.folder = output_dir / "checkpoints"
+        self.accelerator = accelerator
+        self.keep = keep
+
+    def all(self) -> list[Path]:
+        """Complete ones, the oldest first."""
+        found = [path for path in self.folder.glob("step-*") if (path / "run.json").is_file()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def save(self, step: int, loader: StatefulDataLoader, description: dict[str, Any]) -> None:
+        """Write what the run needs to go on from `step`."""
+        accelerator = self.accelerator
+        unfinished = self.folder / "unfinished"
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        torch.save(loader.state_dict(), unfinished / f"stream_{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (unfinished / "run.json").write_text(json.dumps({"step": step, **description}, indent=1))
+            final = self.folder / f"step-{step}"
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            for old in self.all()[: -self.keep]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def load(self, loader: StatefulDataLoader, mixture: MixedShardStream, description: dict[str, Any]) -> int:
+        """Go on from the last checkpoint; its step, or 0 if there is none."""
+        if not (found := self.all()):
+            return 0
+        last, accelerator = found[-1], self.accelerator
+        run = json.loads((last / "run.json").read_text())
+        changed = [
+            f"{name}: {run[name]} -> {value}"
+            for name, value in description.items()
+            if run.get(name) != value and name != "processes"
+        ]
+        if changed:
+            raise Stop(
+                f"{last} is of a run with other settings ({'; '.join(changed)}). Go on with those, or begin anew with "
+                "--from_scratch or another --output_dir."
+            )
+        accelerator.load_state(str(last))
+        position = last / f"stream_{accelerator.process_index}.pt"
+        if run["processes"] == accelerator.num_processes:
+            loader.load_state_dict(torch.load(position, weights_only=True))
+        else:
+            # The samples fall to other processes now: positions mean nothing, each source begins another epoch.
+            mixture.begin_epoch(run["step"])
+            accelerator.print(
+                f"The run had {run['processes']} processes, now {accelerator.num_processes}: weights, optimiser and "
+                "schedule go on exactly; every source begins a new epoch."
+            )
+        return run["step"]
+
+
+def evaluate(model: MapexForPreTraining, batches: list[dict[str, Any]], accelerator: Accelerator, seed: int):
+    """Sums over the held-out batches of all processes, with the same masks each time."""
+    model.eval()
+    total = None
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            generator = torch.Generator(accelerator.device).manual_seed(seed + index)
+            with accelerator.autocast():
+                outputs = model(**send_to_device(batch, accelerator.device), generator=generator)
+            total = outputs.sums if total is None else total + outputs.sums
+    model.train()
+    return total
+
+
+def metrics_of(sums: PretrainingSums, config: MapexConfig, prefix: str, scale: float = 1.0) -> dict[str, float]:
+    """Every loss by name, the error of each modality, and the routing."""
+    values = {name: value.item() for name, value in pretraining_losses(sums, config, scale).items()}
+    values |= {
+        f"reconstruction/{name}": error
+        for name, error, count in zip(config.modalities, sums.reconstruction_errors().tolist(), sums.values.tolist())
+        if count > 0
+    }
+    values |= routing_metrics(sums, config)
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def routing_picture(sums: PretrainingSums, config: MapexConfig, step: int, folder: Path, accelerator: Accelerator):
+    """Draw which modality goes to which expert, to a file and to the trackers that show pictures."""
+    from modeling_mapex.visualization_mapex import plot_routing
+
+    present = (sums.tokens > 0).tolist()
+    layers = [layer for layer, ids in zip(config.moe_layers, config.expert_ids) if len(ids) > 1]
+    statistics = {
+        name: {"usage": [dispatched[index].tolist() for _, dispatched, _ in sums.routing_means()]}
+        for index, name in enumerate(config.modalities)
+        if present[index]
+    }
+    figure = plot_routing(statistics, layers, title=f"Step {step}: share of each modality's tokens, held-out data")
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"step-{step:07d}.png", dpi=100)
+    import numpy as np
+    from PIL import Image
+
+    picture = np.asarray(Image.open(folder / f"step-{step:07d}.png").convert("RGB"))
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"routing": picture[None]}, step=step, **options)
+
+
+class Log:
+    """Metrics to the trackers and to `log.jsonl`, whose lines after the step that is resumed from are cut off."""
+
+    def __init__(self, file: Path, accelerator: Accelerator, resumed_from: int):
+        self.file, self.accelerator = file, accelerator
+        if accelerator.is_main_process and file.is_file():
+            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+            lines = [line for line in lines if json.loads(line)["step"] <= resumed_from]
+            file.write_text("".join(f"{line}\n" for line in lines))
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+@contextmanager
+def interruptible(accelerator: Accelerator) -> Iterator[list[bool]]:
+    """In a run of one process, Ctrl-C and SIGTERM set the flag that is given, so that the step can end and be saved.
+    Several processes would stop at different steps: they end at once, and the last checkpoint is gone on from.
+    """
+    flag: list[bool] = []
+    if accelerator.num_processes > 1:
+        yield flag
+        return
+    handlers = {number: signal.signal(number, lambda *_: flag.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
+    report_to = args.report_to
+    if report_to is None:
+        report_to = ["tensorboard"] if find_spec("tensorboard") else []
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=[name for name in report_to if name != "none"] or None,
+            project_dir=args.output_dir,
+            step_scheduler_with_optimizer=False,
+            dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.process_timeout))],
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise Stop(f"{error}") from error
+    set_seed(args.seed)
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+
+    try:
+        model = build_model(model_args)
+    except (ValueError, OSError) as error:
+        raise Stop(f"{error}") from error
+    config = model.config
+    if not data_args.sources:
+        raise Stop("Nothing to train on: give --sources, folders of shards or repositories on the Hub.")
+    weights = data_args.weights or [1.0] * len(data_args.sources)
+    if len(weights) != len(data_args.sources):
+        raise Stop(f"{len(data_args.sources)} --sources but {len(weights)} --weights: give one for each.")
+    try:
+        found = {source: usable_modalities(source, data_args.train_split, config) for source in data_args.sources}
+    except (OSError, ValueError) as error:
+        raise Stop(f"{error}") from error
+    for source, (usable, refused) in found.items():
+        left_out = f"; left out: {', '.join(refused)}" if refused else ""
+        accelerator.print(f"{source}: {', '.join(usable) or 'nothing'}{left_out}")
+    if useless := [source for source, (usable, _) in found.items() if not usable]:
+        raise Stop(f"{useless} hold nothing that the model has ({list(config.modalities)}): leave them out.")
+    if missing := [name for name in config.modalities if not any(name in usable for usable, _ in found.values())]:
+        raise Stop(f"No source has {missing}: add one, or train without with --modalities.")
+    modalities = {source: usable for source, (usable, _) in found.items()}
+
+    streams = open_streams(data_args, modalities, accelerator, args.seed)
+    if few := {source: stream.num_shards for source, stream in streams.items() if stream.num_shards < 1}:
+        raise Stop(f"Too few shards for {accelerator.num_processes} processes: {list(few)}.")
+    mixture = MixedShardStream(
+        streams, dict(zip(data_args.sources, weights)), seed=args.seed * accelerator.num_processes + accelerator.process_index
+    )
+    processor = MapexImageProcessor.from_config(config)
+    # Groups of different shapes would make the processes of a sharded model disagree on how often to gather it, and a
+    # compiled one compile again and again: these fill up to one shape.
+    group = not (is_sharded or args.torch_compile)
+    collate = partial(MapexCollator, processor, crop_size=data_args.crop_size, group=group, seed=args.seed)
+    loader = StatefulDataLoader(
+        mixture,
+        batch_size=args.per_device_batch_size,
+        collate_fn=collate(flip=True, band_dropout=data_args.band_dropout),
+        num_workers=data_args.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        drop_last=True,
+    )
+
+    held_out = held_out_samples(data_args, modalities)
+    samples = [sample for part in held_out.values() for sample in part]
+    batches = to_batches(samples, collate(), args.per_device_batch_size)
+    if accelerator.is_main_process:
+        places = {source: sorted({sample["place"] for sample in part}) for source, part in held_out.items()}
+        (output_dir / "held_out.json").write_text(json.dumps(places, indent=1))
+        unseen = set(config.modalities) - {
+            name for sample in samples for name, image in sample["images"].items() if image is not None
+        }
+        if unseen:
+            print(f"No held-out sample has {sorted(unseen)}: they are not evaluated, and cannot be pruned for.")
+    # A sharded model is evaluated by all processes together, on the same batches; otherwise each takes its share.
+    mine = batches if is_sharded else batches[accelerator.process_index :: accelerator.num_processes]
+
+    samples_per_step = args.per_device_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    learning_rate = args.base_learning_rate * samples_per_step / 256
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2)
+    )
+    scheduler = get_scheduler(
+        "cosine_with_min_lr",
+        optimizer,
+        num_warmup_steps=args.warmup_steps,
+        num_training_steps=args.max_steps,
+        scheduler_specific_kwargs={"min_lr_rate": args.minimum_learning_rate},
+    )
+    plain_model = model
+    if args.torch_compile:
+        model = torch.compile(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    process_group = None
+    if accelerator.num_processes > 1 and not args.local_losses:
+        process_group = torch.distributed.group.WORLD
+
+    description = {
+        "processes": accelerator.num_processes,
+        "max_steps": args.max_steps,
+        "sources": data_args.sources,
+        "modalities": list(config.modalities),
+        "seed": args.seed,
+    }
+    checkpoints = Checkpoints(output_dir, accelerator, args.keep_checkpoints)
+    if args.from_scratch and accelerator.is_main_process:
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        (output_dir / "log.jsonl").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    step = checkpoints.load(loader, mixture, description)
+    if step:
+        accelerator.print(f"Going on from step {step}.")
+    log = Log(output_dir / "log.jsonl", accelerator, step)
+    if accelerator.trackers is not None and report_to:
+        accelerator.init_trackers("logs", config=_flat({**asdict(model_args), **asdict(data_args), **asdict(args)}))
+
+    def evaluate_now(step: int) -> None:
+        sums = evaluate(model if is_sharded else plain_model, mine, accelerator, seed=1)
+        if accelerator.num_processes > 1 and not is_sharded:
+            sums = sums.all_reduce(torch.distributed.group.WORLD)
+        log(metrics_of(sums, config, "evaluation"), step)
+        if accelerator.is_main_process and sums.router and find_spec("matplotlib"):
+            routing_picture(sums, config, step, output_dir / "routing", accelerator)
+
+    model.train()
+    window, started, waited, seen = None, time.perf_counter(), 0.0, 0
+    progress = tqdm(
+        initial=step, total=args.max_steps, desc="Pretraining", unit="step", disable=not accelerator.is_main_process
+    )
+    data = iter(loader)
+    last_step = min(args.max_steps, args.stop_after or args.max_steps)
+    with interruptible(accelerator) as interrupted:
+        while step < last_step and not interrupted:
+            scale = min(1.0, (step + 1) / max(args.mutual_information_warmup_steps, 1))
+            for part in range(args.gradient_accumulation_steps):
+                asked = time.perf_counter()
+                batch = send_to_device(next(data), accelerator.device, non_blocking=True)
+                waited += time.perf_counter() - asked
+                draw = ((args.seed * args.max_steps + step) * args.gradient_accumulation_steps + part)
+                draw = draw * accelerator.num_processes + accelerator.process_index
+                with accelerator.accumulate(model):
+                    outputs = model(
+                        **batch,
+                        generator=torch.Generator(accelerator.device).manual_seed(draw),
+                        mutual_information_scale=scale,
+                        process_group=process_group,
+                    )
+                    accelerator.backward(outputs.loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                sums = outputs.sums.detach()
+                window = sums if window is None else window + sums
+            scheduler.step()
+            step += 1
+            seen += samples_per_step
+            progress.update()
+
+            is_last = step == last_step or bool(interrupted)
+            if step % args.logging_steps == 0 or is_last:
+                values = metrics_of(window, config, "training", scale)
+                if not math.isfinite(values["training/loss"]):
+                    raise Stop(
+                        f"The loss is {values['training/loss']} in the {args.logging_steps} steps before {step}. Nothing "
+                        f"was saved since; the last checkpoint is {(checkpoints.all() or ['none'])[-1]}. Lower "
+                        "--base_learning_rate, look for bad values in the data, or train without mixed precision."
+                    )
+                elapsed = time.perf_counter() - started
+                share = 1 if process_group is not None else accelerator.num_processes  # of the tokens in the window
+                values |= {
+                    "training/learning_rate": scheduler.get_last_lr()[0],
+                    "throughput/samples_per_second": seen / elapsed,
+                    "throughput/tokens_per_second": share * window.tokens.sum().item() / elapsed,
+                    "throughput/waiting_for_data": waited / elapsed,
+                }
+                if args.peak_tflops:
+                    flops = share * step_flops(window, plain_model) / elapsed / accelerator.num_processes
+                    values["throughput/mfu"] = flops / (args.peak_tflops * 1e12)
+                log(values, step)
+                progress.set_postfix(
+                    loss=f"{values['training/loss']:.3f}",
+                    reconstruction=f"{values['training/reconstruction_loss']:.3f}",
+                    information=f"{values.get('training/normalized_mutual_information', math.nan):.2f}",
+                    samples_s=f"{values['throughput/samples_per_second']:.0f}",
+                )
+                window, waited, seen = None, 0.0, 0
+                started = time.perf_counter()
+            if batches and (step % args.evaluation_steps == 0 or step == args.max_steps):
+                before = time.perf_counter()
+                evaluate_now(step)
+                started += time.perf_counter() - before
+            if step % args.checkpoint_steps == 0 or is_last:
+                before = time.perf_counter()
+                checkpoints.save(step, loader, description)
+                started += time.perf_counter() - before
+    progress.close()
+    if step < args.max_steps:
+        accelerator.end_training()
+        accelerator.print(f"Stopped at step {step}. Run the same command again to go on.")
+        return
+
+    state_dict = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        finish(config, state_dict, batches, log, args, output_dir)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def finish(
+    config: MapexConfig,
+    state_dict: dict[str, torch.Tensor],
+    batches: list[dict[str, Any]],
+    log: Log,
+    args: PretrainingArguments,
+    output_dir: Path,
+) -> None:
+    """Calibrate the experts on held-out data, save the model by modality with its card, and push it."""
+    model = MapexForPreTraining(config)
+    model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()})
+    if batches:
+        model.calibrate_experts(part for batch in batches for part in batch.get("groups", [batch]))
+        lines = [json.loads(line) for line in log.file.read_text().splitlines()]
+        metrics = [line for line in lines if "evaluation/loss" in line][-1]
+        model.training_record = {
+            "metrics": {
+                name.removeprefix("evaluation/"): value
+                for name, value in metrics.items()
+                if name.startswith(("evaluation/reconstruction", "evaluation/normalized")) and "layer" not in name
+            },
+            "hyperparameters": {
+                "steps": args.max_steps,
+                "batch_size": args.per_device_batch_size * args.gradient_accumulation_steps,
+                "base_learning_rate": args.base_learning_rate,
+                "weight_decay": args.weight_decay,
+                "seed": args.seed,
+            },
+        }
+    folder = output_dir / "model"
+    calibrated = model.config.expert_statistics is not None
+    model.save_pretrained(folder, shard_by_modality=calibrated)
+    print(f"The model is in {folder}." + ("" if calibrated else " It is not calibrated: there is no held-out data."))
+    if args.push_to_hub:
+        model.push_to_hub(args.push_to_hub, shard_by_modality=calibrated)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """What trackers take as hyperparameters: numbers and strings."""
+    return {name: value if isinstance(value, (int, float, str)) else json.dumps(value) for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    main(*parse_arguments())
