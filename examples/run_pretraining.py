@@ -88,7 +88,9 @@ class DataArguments:
     crop_size: int = field(default=128, metadata={"help": "Side in pixels of the crops; smaller samples stay whole."})
     band_dropout: float = field(default=0.0, metadata={"help": "Probability of replacing a band by its mean."})
     shuffle_window: int = field(default=512, metadata={"help": "So many samples of a source are shuffled at a time."})
-    num_workers: int = field(default=1, metadata={"help": "Processes that read and augment, for each training process."})
+    num_workers: int = field(
+        default=1, metadata={"help": "Processes that read and augment, for each training process."}
+    )
 
 
 @dataclass
@@ -344,13 +346,15 @@ class Checkpoints:
         return run["step"]
 
 
-def evaluate(model: MapexForPreTraining, batches: list[dict[str, Any]], accelerator: Accelerator, seed: int):
-    """Sums over the held-out batches of all processes, with the same masks each time."""
+def evaluate(
+    model: MapexForPreTraining, batches: list[tuple[int, dict[str, Any]]], accelerator: Accelerator
+) -> PretrainingSums | None:
+    """Sums over numbered batches, each with the same masks at every call; `None` without batches."""
     model.eval()
     total = None
     with torch.no_grad():
-        for index, batch in enumerate(batches):
-            generator = torch.Generator(accelerator.device).manual_seed(seed + index)
+        for index, batch in batches:
+            generator = torch.Generator(accelerator.device).manual_seed(index)
             with accelerator.autocast():
                 outputs = model(**send_to_device(batch, accelerator.device), generator=generator)
             total = outputs.sums if total is None else total + outputs.sums
@@ -420,7 +424,9 @@ def interruptible(accelerator: Accelerator) -> Iterator[list[bool]]:
     if accelerator.num_processes > 1:
         yield flag
         return
-    handlers = {number: signal.signal(number, lambda *_: flag.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, lambda *_: flag.append(True)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield flag
     finally:
@@ -476,7 +482,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
     if few := {source: stream.num_shards for source, stream in streams.items() if stream.num_shards < 1}:
         raise Stop(f"Too few shards for {accelerator.num_processes} processes: {list(few)}.")
     mixture = MixedShardStream(
-        streams, dict(zip(data_args.sources, weights)), seed=args.seed * accelerator.num_processes + accelerator.process_index
+        streams,
+        dict(zip(data_args.sources, weights)),
+        seed=args.seed * accelerator.num_processes + accelerator.process_index,
     )
     processor = MapexImageProcessor.from_config(config)
     # Groups of different shapes would make the processes of a sharded model disagree on how often to gather it, and a
@@ -504,7 +512,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         if unseen:
             print(f"No held-out sample has {sorted(unseen)}: they are not evaluated, and cannot be pruned for.")
     # A sharded model is evaluated by all processes together, on the same batches; otherwise each takes its share.
-    mine = batches if is_sharded else batches[accelerator.process_index :: accelerator.num_processes]
+    numbered = list(enumerate(batches))
+    mine = numbered if is_sharded else numbered[accelerator.process_index :: accelerator.num_processes]
 
     samples_per_step = args.per_device_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     learning_rate = args.base_learning_rate * samples_per_step / 256
@@ -549,9 +558,10 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         accelerator.init_trackers("logs", config=_flat({**asdict(model_args), **asdict(data_args), **asdict(args)}))
 
     def evaluate_now(step: int) -> None:
-        sums = evaluate(model if is_sharded else plain_model, mine, accelerator, seed=1)
+        sums = evaluate(model if is_sharded else plain_model, mine, accelerator)
         if accelerator.num_processes > 1 and not is_sharded:
-            sums = sums.all_reduce(torch.distributed.group.WORLD)
+            empty = PretrainingSums.zeros(config, accelerator.device)  # of a process that has no batch
+            sums = (empty if sums is None else sums).all_reduce(torch.distributed.group.WORLD)
         log(metrics_of(sums, config, "evaluation"), step)
         if accelerator.is_main_process and sums.router and find_spec("matplotlib"):
             routing_picture(sums, config, step, output_dir / "routing", accelerator)
@@ -564,13 +574,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
     data = iter(loader)
     last_step = min(args.max_steps, args.stop_after or args.max_steps)
     with interruptible(accelerator) as interrupted:
-        while step < last_step and not interrupted:
+        ending = step >= last_step
+        while not ending:
             scale = min(1.0, (step + 1) / max(args.mutual_information_warmup_steps, 1))
             for part in range(args.gradient_accumulation_steps):
                 asked = time.perf_counter()
                 batch = send_to_device(next(data), accelerator.device, non_blocking=True)
                 waited += time.perf_counter() - asked
-                draw = ((args.seed * args.max_steps + step) * args.gradient_accumulation_steps + part)
+                draw = (args.seed * args.max_steps + step) * args.gradient_accumulation_steps + part
                 draw = draw * accelerator.num_processes + accelerator.process_index
                 with accelerator.accumulate(model):
                     outputs = model(
@@ -591,8 +602,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
             seen += samples_per_step
             progress.update()
 
-            is_last = step == last_step or bool(interrupted)
-            if step % args.logging_steps == 0 or is_last:
+            ending = step == last_step or bool(interrupted)
+            if step % args.logging_steps == 0 or ending:
                 values = metrics_of(window, config, "training", scale)
                 if not math.isfinite(values["training/loss"]):
                     raise Stop(
@@ -624,7 +635,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
                 before = time.perf_counter()
                 evaluate_now(step)
                 started += time.perf_counter() - before
-            if step % args.checkpoint_steps == 0 or is_last:
+            if step % args.checkpoint_steps == 0 or ending:
                 before = time.perf_counter()
                 checkpoints.save(step, loader, description)
                 started += time.perf_counter() - before
@@ -680,7 +691,9 @@ def finish(
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """What trackers take as hyperparameters: numbers and strings."""
-    return {name: value if isinstance(value, (int, float, str)) else json.dumps(value) for name, value in values.items()}
+    return {
+        name: value if isinstance(value, (int, float, str)) else json.dumps(value) for name, value in values.items()
+    }
 
 
 if __name__ == "__main__":

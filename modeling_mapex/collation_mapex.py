@@ -75,7 +75,9 @@ class MapexCollator:
         return batch
 
     def _batch(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
-        parts = [(indices, self._process([samples[index] for index in indices])) for indices in _group(samples).values()]
+        parts = [
+            (indices, self._process([samples[index] for index in indices])) for indices in _group(samples).values()
+        ]
         batch = parts[0][1] if len(parts) == 1 else _merge(parts, len(samples))
         if self.band_dropout:
             content = "\n".join(sample["id"] for sample in samples)

@@ -105,6 +105,8 @@ class MapexConfig(PreTrainedConfig):
             Experts per mixture before pruning, and how many of them each token is sent to.
         num_shared_experts (`int`):
             Experts that every token of a mixture uses beside the routed ones, kept by pruning.
+        conditioned_router (`bool`):
+            Whether the router knows the modality of a token. `False` is the plain router, to compare with.
         expert_ids (`list[list[int]]`, *optional*):
             For each of `moe_layers` the original ids of the experts that it holds. Default: all of them.
         decoder_hidden_size (`int`, *optional*), decoder_num_hidden_layers (`int`),
@@ -188,6 +190,7 @@ class MapexConfig(PreTrainedConfig):
     num_experts: int = 6
     num_experts_per_tok: int = 2
     num_shared_experts: int = 0
+    conditioned_router: bool = True
     expert_ids: list[list[int]] | None = None
 
     decoder_hidden_size: int | None = None

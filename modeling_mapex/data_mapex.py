@@ -1,5 +1,6 @@
 """Reading shards with `datasets`: map-style and streaming, from a folder or the Hub, split by process and worker."""
 
+import copy
 import hashlib
 import math
 import os
@@ -267,10 +268,10 @@ class MixedShardStream(IterableDataset):
         self.weights = weights
         self.seed = seed
         self._drawn = 0  # samples so far
+        self._in_worker = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        part, parts = self._become_part()
         mine = [name for name, stream in self.streams.items() if part < stream.num_shards]
         if not mine:
             most = max(stream.num_shards for stream in self.streams.values())
@@ -297,6 +298,17 @@ class MixedShardStream(IterableDataset):
             self._drawn += 1
             yield {**sample, "epoch": int(stream.window.epoch)}
 
+    def _become_part(self) -> tuple[int, int]:
+        """Which of how many workers this is. The epoch of a stream lies in memory that all workers share, but in a
+        mixture each goes through its part of a stream at a pace of its own: it needs copies.
+        """
+        worker = get_worker_info()
+        if worker is None:
+            return 0, 1
+        if not self._in_worker:
+            self.streams, self._in_worker = copy.deepcopy(self.streams), True
+        return worker.id, worker.num_workers
+
     def begin_epoch(self, epoch: int) -> None:
         """Begin this epoch of every stream, and other draws than in earlier ones."""
         self._drawn = epoch << 32
@@ -318,6 +330,7 @@ class MixedShardStream(IterableDataset):
             raise ValueError(
                 f"The position is of a mixture of {sorted(state['streams'])}, this one is of {sorted(self.streams)}."
             )
+        self._become_part()
         self._drawn = state["drawn"]
         for name, stream in self.streams.items():
             stream.load_state_dict(state["streams"][name])

@@ -42,6 +42,14 @@ class PretrainingSums:
     squared_error: torch.Tensor
     values: torch.Tensor
 
+    @classmethod
+    def zeros(cls, config, device: torch.device | None = None) -> "PretrainingSums":
+        """The sums over nothing, for a model of this `MapexConfig`."""
+        count = len(config.modalities)
+        router = [torch.zeros(count, 2 * len(ids) + 1, device=device) for ids in config.expert_ids if len(ids) > 1]
+        tokens, squared_error, values = torch.zeros(3, count, device=device)
+        return cls(tokens, tuple(router), squared_error, values)
+
     def __add__(self, other: "PretrainingSums") -> "PretrainingSums":
         return PretrainingSums(
             self.tokens + other.tokens,
@@ -107,9 +115,7 @@ def _mean_over_present(values: torch.Tensor, present: torch.BoolTensor) -> torch
     return torch.einsum("m,m...->...", weights, values) / weights.sum().clamp_min(1.0)
 
 
-def load_balancing_loss(
-    probability: torch.Tensor, dispatched: torch.Tensor, present: torch.BoolTensor
-) -> torch.Tensor:
+def load_balancing_loss(probability: torch.Tensor, dispatched: torch.Tensor, present: torch.BoolTensor) -> torch.Tensor:
     """Load balancing loss of one layer, `E * sum_e f_e P_e / sum_e f_e` (Switch Transformer, arXiv 2101.03961,
     equation 4), with `f` (share of tokens sent to an expert) and `P` (its mean probability) averaged over modalities,
     so that a sensor with many tokens does not outvote the others. It is 1 when balanced.
@@ -152,9 +158,7 @@ def entropy_floor_loss(probability: torch.Tensor, present: torch.BoolTensor, flo
     return _mean_over_present((floor - _entropy(probability)).clamp_min(0.0), present)
 
 
-def pretraining_losses(
-    sums: PretrainingSums, config, mutual_information_scale: float = 1.0
-) -> dict[str, torch.Tensor]:
+def pretraining_losses(sums: PretrainingSums, config, mutual_information_scale: float = 1.0) -> dict[str, torch.Tensor]:
     """The loss of pretraining and its parts, with the coefficients of a `MapexConfig`; reconstruction is averaged over
     modalities, the losses of routers summed over layers.
 

@@ -290,6 +290,7 @@ class MapexTopKRouter(nn.Module):
     """Modality-conditioned router. For a token `x` of modality `m`, after the block's layer norm,
     `z = W (x + a_m) + b_m`; experts that are not allowed get -inf, then softmax, then top-k, then renormalisation. In
     this order, so that leaving an expert out and masking it are the same thing. At least fp32, also under autocast.
+    With `config.conditioned_router=False`, for comparison, a plain one: `z = W x`.
     """
 
     def __init__(self, config: MapexConfig, num_experts: int, moe_index: int):
@@ -297,8 +298,10 @@ class MapexTopKRouter(nn.Module):
         self.moe_index = moe_index
         self.top_k = min(config.num_experts_per_tok, num_experts)
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))  # W
-        self.modality_shift = nn.Parameter(torch.empty(len(config.modalities), config.hidden_size))  # a
-        self.modality_bias = nn.Parameter(torch.empty(len(config.modalities), num_experts))  # b
+        self.modality_shift = self.modality_bias = None
+        if config.conditioned_router:
+            self.modality_shift = nn.Parameter(torch.empty(len(config.modalities), config.hidden_size))  # a
+            self.modality_bias = nn.Parameter(torch.empty(len(config.modalities), num_experts))  # b
 
     def forward(
         self, hidden_states: torch.Tensor, routing: MapexRouting
@@ -314,11 +317,13 @@ class MapexTopKRouter(nn.Module):
         with maybe_autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             weight = self.weight.to(dtype)
-            # W (x + a_m) + b_m = W x + (W a_m + b_m): the second term is one small row per modality.
-            per_modality = nn.functional.linear(self.modality_shift.to(dtype), weight) + self.modality_bias  # (M, E)
-            logits = (
-                nn.functional.linear(hidden_states.to(dtype), weight) + per_modality[routing.modality_ids]
-            )  # (T, E)
+            logits = nn.functional.linear(hidden_states.to(dtype), weight)  # (T, E)
+            if self.modality_shift is not None:
+                # W (x + a_m) + b_m = W x + (W a_m + b_m): the second term is one small row per modality.
+                per_modality = (
+                    nn.functional.linear(self.modality_shift.to(dtype), weight) + self.modality_bias
+                )  # (M, E)
+                logits = logits + per_modality[routing.modality_ids]
             scores = logits
             if routing.noise is not None:
                 scores = scores + routing.noise[self.moe_index, :, : scores.shape[1]]
@@ -553,8 +558,9 @@ class MapexPreTrainedModel(PreTrainedModel):
             _xavier_uniform(module.weight, module.weight[0].numel(), module.weight.shape[0])
         elif isinstance(module, MapexTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            init.normal_(module.modality_shift, mean=0.0, std=std)
-            init.zeros_(module.modality_bias)
+            if module.modality_shift is not None:
+                init.normal_(module.modality_shift, mean=0.0, std=std)
+                init.zeros_(module.modality_bias)
         elif isinstance(module, MapexExperts):
             for weight in (module.up_proj, module.down_proj):
                 _xavier_uniform(weight, weight.shape[2], weight.shape[1])

@@ -192,3 +192,35 @@ def test_every_sample_once_through_a_loader(processor, tmp_path):
     collate = MapexCollator(processor, label="crop")
     loader = torch.utils.data.DataLoader(stream_shards(tmp_path), batch_size=3, collate_fn=collate)
     assert list(chain.from_iterable(batch["labels"].tolist() for batch in loader)) == [i % 3 for i in range(10)]
+
+
+def test_groups(processor, samples):
+    """Samples of the same modalities and sizes together, each as it is alone; small ones stay whole."""
+    small = {"s1": None, "s2": samples[0]["images"]["s2"][:, :16, :16], "dem": None}
+    samples = [*samples, {**samples[0], "images": small, "labels": {}}]
+    collator = MapexCollator(processor, crop_size=24, flip=True, group=True)
+    groups = collator(samples)["groups"]
+    shapes = [{name: tuple(pixels.shape[2:]) for name, pixels in group["pixel_values"].items()} for group in groups]
+    assert {"s2": (16, 16)} in shapes and all("modality_mask" not in group for group in groups)
+    count = 0
+    for group in groups:
+        pixels = group["pixel_values"]
+        rows = len(next(iter(pixels.values())))
+        members = [s for s in samples if {n for n, image in s["images"].items() if image is not None} == set(pixels)]
+        members = [
+            s for s in members if len(s["images"]["s2"][0]) == {(16, 16): 16}.get(tuple(pixels["s2"].shape[2:]), 24)
+        ]
+        assert len(members) == rows
+        for row, sample in enumerate(members):
+            single = collator([sample])["groups"][0]
+            assert all(torch.equal(single["pixel_values"][name][0], pixels[name][row]) for name in pixels)
+        count += rows
+    assert count == len(samples)
+    with pytest.raises(ValueError, match="leave out `label`"):
+        MapexCollator(processor, group=True, label="crop")
+
+
+def test_the_epoch_of_a_sample_counts(processor, samples):
+    collator = MapexCollator(processor, crop_size=12, flip=True)
+    first, again, later = (collator([{**samples[0], "epoch": epoch}])["pixel_values"]["s2"] for epoch in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later)

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from itertools import chain
+from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from shard_samples import SCHEMA, assert_same_sample, items, make_sample, read
 pytest.importorskip("datasets", reason="shards need the extra `data`")
 
 from modeling_mapex import writing_mapex
-from modeling_mapex.data_mapex import load_shards, split_of_place, stream_shards
+from modeling_mapex.data_mapex import MixedShardStream, load_shards, split_of_place, stream_shards
 from modeling_mapex.writing_mapex import write_shards
 
 
@@ -147,6 +148,77 @@ def test_two_ranks_of_two_workers_resume_in_mid_epoch(shards, number, seed):
 
 
 SHARES = {"train": 0.7, "test": 0.3}
+
+
+def mixture(shards, **options) -> MixedShardStream:
+    """Five shards of 53 samples, and one shard of 13 of them, which is over sooner."""
+    few = stream_shards(shards(1), seed=3, window=8, places=is_early)
+    streams = {"many": stream_shards(shards(5), seed=3, window=8), "few": few}
+    return MixedShardStream(streams, **{"weights": {"many": 3.0, "few": 1.0}, "seed": 5, **options})
+
+
+def is_early(place: str) -> bool:
+    return place in ("place-0", "place-1", "place-10")
+
+
+def drawn(samples) -> list[tuple]:
+    return [(sample["epoch"], sample["id"]) for sample in samples]
+
+
+def test_mixture(shards):
+    """Shares follow the weights; each source goes through all of its samples before it begins again."""
+    samples = drawn(islice(mixture(shards), 400))
+    early = {f"chip-{index}" for index in (*range(10), *range(50, 53))}
+    per_epoch = Counter(epoch for epoch, _ in samples)
+    assert 400 // len(early) * 0.15 < len(per_epoch) < 400 // len(early) * 0.35  # a quarter of the samples are of `few`
+    seen = Counter(samples)
+    # What both sources hold is drawn twice in an epoch at most, the rest, of `many` alone, once.
+    assert all(count <= (2 if name in early else 1) for (_, name), count in seen.items())
+    assert all(seen[0, name] == 2 for name in early) and all(seen[0, name] >= 1 for name in ALL)
+    assert [name for epoch, name in samples if epoch == 1] != [name for epoch, name in samples if epoch == 0]
+    assert drawn(islice(mixture(shards, seed=6), 40)) != samples[:40]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 12, 57, 60, 130])
+def test_mixture_resumes(shards, stop):
+    """At the very next sample, also after a source has begun anew, and through epochs that follow."""
+    expected = drawn(islice(mixture(shards), 300))
+    first = mixture(shards)
+    before = drawn(islice(first, stop)) if stop else []
+    second = mixture(shards)
+    second.load_state_dict(first.state_dict())
+    assert before + drawn(islice(second, 300 - stop)) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mixture_resumes_with_workers(shards, workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def loader():
+        return StatefulDataLoader(mixture(shards), batch_size=4, num_workers=workers, collate_fn=drawn)
+
+    expected = list(islice(loader(), 40))
+    first = loader()
+    before = list(islice(first, 17))
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert before + list(islice(second, 23)) == expected
+    if workers:  # the second one has no shard of `few`; the first makes up for it
+        share = sum(name in [f"chip-{index}" for index in range(10)] for batch in expected for _, name in batch) / 160
+        assert 0.2 < share < 0.6
+
+
+def test_mixture_refuses(shards):
+    stream = stream_shards(shards(1))
+    with pytest.raises(ValueError, match="do not belong"):
+        MixedShardStream({"a": stream}, {"b": 1.0})
+    with pytest.raises(ValueError, match="above 0"):
+        MixedShardStream({"a": stream}, {"a": 0.0})
+    empty = stream_shards(shards(1), places=lambda place: False)
+    with pytest.raises(ValueError, match="`a` has no samples"):
+        next(iter(MixedShardStream({"a": empty})))
+    with pytest.raises(ValueError, match="position is of a mixture"):
+        MixedShardStream({"a": stream}).load_state_dict(MixedShardStream({"b": stream}).state_dict())
 
 
 def is_train(place: str) -> bool:

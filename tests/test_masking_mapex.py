@@ -100,5 +100,7 @@ def test_pools_keep_the_most_probable():
     membership = modality_membership(torch.tensor([0, 1]), 2)
     pools = modality_pools(logits, membership, torch.tensor([0.3, 0.99]))
     assert pools.tolist() == [[True, True, False, False], [True, True, True, True]]
-    sizes = [modality_pools(logits, membership, torch.full((2,), draw)).sum(dim=1).tolist() for draw in (0.0, 0.25, 0.5)]
+    sizes = [
+        modality_pools(logits, membership, torch.full((2,), draw)).sum(dim=1).tolist() for draw in (0.0, 0.25, 0.5)
+    ]
     assert sizes == [[1, 1], [2, 2], [3, 3]]

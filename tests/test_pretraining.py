@@ -186,6 +186,60 @@ class TestMissingData:
         torch.testing.assert_close(outputs.reconstruction_loss, (losses["optical"] + losses["height"]) / 2)
 
 
+class TestGroups:
+    def parts(self, model):
+        """A batch in which two samples have all modalities and three have one, and the same in two groups."""
+        pixel_values = tiny_inputs(batch_size=5)
+        present = torch.tensor([True, True, False, False, False])
+        whole = {"pixel_values": pixel_values, "modality_mask": {"radar": present, "height": present}}
+        whole["noise"] = noise = model.draw_noise(pixel_values, generator=generator())
+        groups = []
+        # Tokens stand in the order height, optical, radar: 16, 24 and 16.
+        for rows, names, tokens in (
+            (slice(2), list(pixel_values), slice(None)),
+            (slice(2, 5), ["optical"], slice(16, 40)),
+        ):
+            pixels = {name: pixel_values[name][rows] for name in names}
+            drawn = model.draw_noise(pixels)
+            drawn = drawn._replace(
+                tokens=noise.tokens[rows, tokens],
+                shares=noise.shares[rows],
+                dropout=noise.dropout[rows],
+                pools=noise.pools,
+            )
+            groups.append({"pixel_values": pixels, "noise": drawn})
+        return whole, groups
+
+    def test_groups_equal_one_batch(self):
+        model = tiny_model(router_noise_std=0.0, expert_pools=False, modality_dropout_prob=0.3).train()
+        whole, groups = self.parts(model)
+        expected = model(**whole)
+        expected.loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        outputs = model(groups=groups)
+        outputs.loss.backward()
+        names = ("loss", "reconstruction_loss", "load_balancing_loss", "router_z_loss", "mutual_information")
+        for name in names:
+            torch.testing.assert_close(outputs[name], expected[name], rtol=1e-5, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+        assert outputs.predictions is None and set(outputs.reconstruction_losses) == set(whole["pixel_values"])
+
+    def test_parameters_of_absent_modalities_have_a_gradient_of_zero(self):
+        model = tiny_model().train()
+        model(tiny_inputs(("radar",)), generator=generator()).loss.backward()
+        for part in (model.mapex.embeddings.patch_embeddings, model.decoder.heads):
+            assert all(not parameter.grad.any() for parameter in part["optical"].parameters())
+            assert all(parameter.grad.any() for parameter in part["radar"].parameters())
+
+    def test_either_pixels_or_groups(self):
+        model = tiny_model()
+        for arguments in ({}, {"groups": []}, {"pixel_values": tiny_inputs(), "groups": [{}]}):
+            with pytest.raises(ValueError, match="either `pixel_values` or a list of `groups`"):
+                model(**arguments)
+
+
 class TestReconstruct:
     @pytest.mark.parametrize("norm_pix_loss", ["none", "patch", "group"])
     def test_visible_patches_are_given_back(self, norm_pix_loss):
