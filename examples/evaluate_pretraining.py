@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_pretraining import DataArguments, Stop, held_out_samples, usable_modalities
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -33,7 +34,6 @@ from modeling_mapex.losses_mapex import PretrainingSums
 from modeling_mapex.modeling_mapex import MapexSparseMoeBlock
 from modeling_mapex.pruning_mapex import plan_experts
 from modeling_mapex.routing_mapex import dead_experts, effective_experts, normalized_mutual_information
-from run_pretraining import DataArguments, Stop, held_out_samples, usable_modalities
 
 
 CRITERIA = ("saliency", "usage", "gate", "exhaustive")

@@ -607,8 +607,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
                 values = metrics_of(window, config, "training", scale)
                 if not math.isfinite(values["training/loss"]):
                     raise Stop(
-                        f"The loss is {values['training/loss']} in the {args.logging_steps} steps before {step}. Nothing "
-                        f"was saved since; the last checkpoint is {(checkpoints.all() or ['none'])[-1]}. Lower "
+                        f"The loss is {values['training/loss']} in the {args.logging_steps} steps before {step}. "
+                        f"Nothing was saved since; the last checkpoint is {(checkpoints.all() or ['none'])[-1]}. Lower "
                         "--base_learning_rate, look for bad values in the data, or train without mixed precision."
                     )
                 elapsed = time.perf_counter() - started

@@ -25,6 +25,25 @@ def modality_membership(
     return membership if token_mask is None else membership * token_mask
 
 
+class _AllReduce(torch.autograd.Function):
+    """Sum over processes, of values and of gradients. torch's own lies in a private module since its public one was
+    deprecated.
+    """
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor, process_group) -> torch.Tensor:
+        ctx.process_group = process_group
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.process_group)
+        return total, None
+
+
 @dataclass
 class PretrainingSums:
     """All that the losses of a step are computed from, as sums over tokens and pixels. The sums of the parts of a batch
@@ -62,10 +81,8 @@ class PretrainingSums:
         """The sums over the processes of a group. Differentiable: where each process takes the gradient of the same
         loss of these sums and the gradients are then averaged, as DDP does, the result is that of one process.
         """
-        from torch.distributed.nn.functional import all_reduce
-
         parts = (self.tokens, *self.router, self.squared_error, self.values)
-        flat = all_reduce(torch.cat([part.flatten() for part in parts]), group=process_group)
+        flat = _AllReduce.apply(torch.cat([part.flatten() for part in parts]), process_group)
         pieces = flat.split([part.numel() for part in parts])
         tokens, *router, squared_error, values = (piece.view_as(part) for piece, part in zip(pieces, parts))
         return PretrainingSums(tokens, tuple(router), squared_error, values)

@@ -24,7 +24,7 @@ from modeling_mapex.writing_mapex import write_shards
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import run_pretraining
+import run_pretraining  # noqa: E402
 
 
 OVERRIDES = {
@@ -233,7 +233,7 @@ class TestTwoProcesses:
         workers = [int(pid) for pid in children.stdout.split() if int(pid) != process.pid]
         os.kill(max(workers), signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
-        assert process.returncode != 0 and "SIGKILL" in output.upper() or "exitcode: -9" in output, output[-3000:]
+        assert (process.returncode != 0 and "SIGKILL" in output.upper()) or "exitcode: -9" in output, output[-3000:]
         last = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "checkpoints").glob("step-*"))
         assert f"Going on from step {last}" in run(settings, tmp_path, "--stop_after", str(last + 2))
 
