@@ -8,10 +8,10 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: help quickstart test test-slow lint format benchmark clean
 
 help:
-	@echo "make quickstart   train, calibrate, prune, save and load a nano MAPEX on real Sentinel-1 + Sentinel-2 patches"
-	@echo "make test         run the tests;  make test-slow: also those of more than a minute"
+	@echo "make quickstart   load the pretrained mapex-nano, prune it for Sentinel-1, predict on real patches, draw"
+	@echo "make test         run the tests but the slow ones;  make test-slow: those, of several processes"
 	@echo "make lint         check style;    make format: mend it"
-	@echo "make benchmark    speed side by side: transformers' ViT, reading shards and GeoTIFFs, loading whole and pruned"
+	@echo "make benchmark    speed side by side: transformers' ViT, reading shards, loading pruned, pretraining"
 	@echo "make clean        remove the environment, caches and outputs"
 
 # torch first and by itself: then nothing else chooses a build of it.
@@ -28,7 +28,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -42,6 +42,7 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/encoder.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/hub.py
+	$(BIN)/python benchmarks/pretraining.py
 
 clean:
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,8 +7,8 @@
 Steps are forward, backward, clipping and AdamW. Pairs run in turn and the ratio is taken pair by pair; printed are the
 median and its quartiles.
 
-    MAPEX / ViT-MAE           `ViTMAEForPreTraining` of the same width, depth, decoder, tokens and pixels, per token: two
-                              sensors side by side are one image of twice the width. Top-2, and with one expert (dense)
+    MAPEX / ViT-MAE           `ViTMAEForPreTraining` of the same width, depth, decoder, tokens and pixels, per token:
+                              four sensors side by side are one image of twice the side. Top-2, and one expert (dense)
     without bookkeeping       1 - the time of a step whose masks, routing and router losses were computed before, over
                               that of a whole step: the share of masking and routing, backward included
     logging                   the metrics of `run_pretraining.py`, once in 50 steps as by default, over 50 steps
@@ -47,11 +47,14 @@ sys.path.insert(0, str(EXAMPLES))
 from run_pretraining import metrics_of  # noqa: E402
 
 
+SENSORS = ["s1", "s2", "rgb", "hls"]  # 24 bands
+
+
 @dataclass
 class Arguments:
     preset: str = field(default="nano", metadata={"help": "Size of the model."})
-    batch_size: int = field(default=64, metadata={"help": "Chips a batch."})
-    image_size: int = field(default=64, metadata={"help": "Side of a chip in pixels, of both sensors."})
+    batch_size: int = field(default=32, metadata={"help": "Chips a batch."})
+    image_size: int = field(default=64, metadata={"help": "Side of a chip in pixels, of all sensors."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 under autocast."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
@@ -77,15 +80,15 @@ def vit_mae(config: MapexConfig, image_size: int) -> ViTMAEForPreTraining:
             decoder_num_hidden_layers=config.decoder_num_hidden_layers,
             decoder_num_attention_heads=config.decoder_num_attention_heads,
             decoder_intermediate_size=config.decoder_intermediate_size,
-            image_size=(image_size, 2 * image_size),
+            image_size=2 * image_size,
             patch_size=patch_size,
-            num_channels=bands // 2,
+            num_channels=bands // 4,
             mask_ratio=config.mask_ratio,
             norm_pix_loss=True,
         )
     )
-    rows, columns = torch.arange(image_size // patch_size), torch.arange(2 * image_size // patch_size)
-    positions = torch.cartesian_prod(rows, columns).float()
+    side = torch.arange(2 * image_size // patch_size)
+    positions = torch.cartesian_prod(side, side).float()
     with torch.no_grad():
         for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
             table[0, 1:] = sincos_embedding(positions, table.shape[2], 1.0, 10_000.0)
@@ -195,18 +198,18 @@ def main(args: Arguments) -> None:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    config = MapexConfig.from_preset(args.preset, modalities=["s1", "s2"])
+    config = MapexConfig.from_preset(args.preset, modalities=SENSORS)
     dense = MapexConfig.from_preset(
-        args.preset, modalities=["s1", "s2"], num_experts=1, num_experts_per_tok=1, modality_dropout_prob=0.0
+        args.preset, modalities=SENSORS, num_experts=1, num_experts_per_tok=1, modality_dropout_prob=0.0
     )
     size = args.image_size
     pixel_values = {
         name: torch.randn(args.batch_size, len(spec["bands"]), size, size, device=args.device)
         for name, spec in config.modalities.items()
     }
-    # The same numbers as one image of half the bands and twice the width, cut into as many patches.
-    image = torch.cat(list(pixel_values.values()), dim=1)  # (B, C, H, W)
-    image = torch.cat(image.chunk(2, dim=1), dim=3).contiguous()  # (B, C / 2, H, 2 W)
+    # The same numbers as one image of a quarter of the bands and twice the side, cut into as many patches.
+    quarters = torch.cat(list(pixel_values.values()), dim=1).chunk(4, dim=1)  # (B, C / 4, H, W) each
+    image = torch.cat([torch.cat(quarters[:2], dim=3), torch.cat(quarters[2:], dim=3)], dim=2)  # (B, C / 4, 2 H, 2 W)
 
     model, one_expert = MapexForPreTraining(config), MapexForPreTraining(dense)
     mae = vit_mae(config, size)
@@ -215,7 +218,7 @@ def main(args: Arguments) -> None:
     inputs = {"pixel_values": pixel_values}
     step, mae_step = training_step(model, args, inputs), training_step(mae, args, {"pixel_values": image})
     dense_step = training_step(one_expert, args, inputs)
-    tokens = 2 * (size // next(iter(config.modalities.values()))["patch_size"]) ** 2
+    tokens = len(SENSORS) * (size // next(iter(config.modalities.values()))["patch_size"]) ** 2
     print(f"{args.preset}, batches of {args.batch_size} with {tokens} tokens each, {args.dtype} on {args.device}")
     print(f"{'':58}{'ratio':>8}{'quartiles':>18}")
     row("ViT-MAE / the same ViT-MAE", compare(mae_step, training_step(mae, args, {"pixel_values": image}), args))

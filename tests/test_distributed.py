@@ -12,6 +12,7 @@ from modeling_mapex import MapexModel
 
 
 FOLDER = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 def run_on_two_processes(script: str, *arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""The README's main command on its real patches, cut short; and the pictures."""
+"""The README's main command on its real patches, with a model of random weights; and the pictures."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import randomize, tiny_config, tiny_inputs
 
-from modeling_mapex import MapexForPreTraining, MapexModel
+from modeling_mapex import MapexConfig, MapexForPreTraining, MapexModel
 from modeling_mapex.visualization_mapex import display_bands, plot_reconstruction, plot_routing
 
 
@@ -26,28 +26,48 @@ def quickstart():
     return module
 
 
-def test_runs(quickstart, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of the sensors of the patches, calibrated, in files by modality."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "decoder_hidden_size": 32}
+    config = MapexConfig.from_preset("nano", modalities={"s1": None, "s2": ["B04", "B05"], "dem": None}, **sizes)
+    model = randomize(MapexForPreTraining(config))
+    pixels = {name: torch.randn(2, len(spec["bands"]), 16, 16) for name, spec in config.modalities.items()}
+    model.calibrate_experts([{"pixel_values": pixels}])
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder, shard_by_modality=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["s1", "s2"])
+def test_runs(quickstart, checkpoint, tmp_path, capsys, name):
     pytest.importorskip("bigearthnet_common", reason="the quickstart needs the extra `demo`")
-    options = {"steps": 4, "batch_size": 4, "crop": 32, "experts_per_layer": 1}
+    options = {"model": str(checkpoint), "prune_for": name, "experts_per_layer": 1}
     quickstart.main(quickstart.Arguments(output_dir=str(tmp_path), **options))
     printed = capsys.readouterr().out
-    assert "6 BigEarthNet patches of 1.2 km: 5 to train on" in printed
-    for row in ("modalities", "encoder parameters", "weights on disk", "ms per chip", "error on held-out"):
+    assert f"6 BigEarthNet patches of 1.2 km, {name}: (6, 2, 120, 120)" in printed
+    for row in ("modalities", "encoder parameters", "weights on disk", "ms per chip", f"error of hidden {name}"):
         assert row in printed
-    small = MapexModel.from_pretrained(tmp_path / "mapex-nano-s1")
-    assert list(small.config.modalities) == ["s1"] and small.config.num_layer_experts == [1] * 6
-    for name in ("reconstruction.png", "routing.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "differ from the model in memory by at most 0.0e+00" in printed
+    small = MapexModel.from_pretrained(tmp_path / f"mapex-nano-{name}")
+    assert list(small.config.modalities) == [name] and small.config.num_layer_experts == [1] * 4
+    for picture in ("reconstruction.png", "routing.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_refuses_bad_options_and_files(quickstart, tmp_path):
+def test_refuses_bad_options_and_files(quickstart, checkpoint, tmp_path):
+    def run(**options):
+        quickstart.main(quickstart.Arguments(**{"output_dir": str(tmp_path), "model": str(checkpoint), **options}))
+
     with pytest.raises(SystemExit, match="--prune_for must be one of"):
-        quickstart.main(quickstart.Arguments(output_dir=str(tmp_path), prune_for="s3"))
-    with pytest.raises(SystemExit, match="--crop must be a multiple of 8"):
-        quickstart.main(quickstart.Arguments(output_dir=str(tmp_path), crop=21))
+        run(prune_for="s3")
+    with pytest.raises(SystemExit, match="--patch must be below 6"):
+        run(patch=6)
+    with pytest.raises(SystemExit, match="Cannot load .*nowhere"):
+        run(model=str(tmp_path / "nowhere"))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="Choose another place with --output_dir"):
-        quickstart.main(quickstart.Arguments(output_dir=str(tmp_path / "file")))
+        run(output_dir=str(tmp_path / "file"))
     pairs = quickstart.extract_patches(tmp_path)
     broken = next(pairs[0][0].glob("*_VV.tif"))
     broken.write_bytes(broken.read_bytes()[:500])
