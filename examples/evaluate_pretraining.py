@@ -36,6 +36,7 @@ from modeling_mapex.pruning_mapex import plan_experts
 from modeling_mapex.routing_mapex import dead_experts, effective_experts, normalized_mutual_information
 
 
+KEPT = (1, 2, 3)  # experts a layer
 CRITERIA = ("saliency", "usage", "gate", "exhaustive")
 
 
@@ -91,6 +92,8 @@ class Errors:
                 generator = torch.Generator(model.device).manual_seed(1000 * index + mask)
                 sums = model(**part, generator=generator, **options).sums
                 total = sums if total is None else total + sums
+        if total is None:
+            return {}
         errors = zip(model.config.modalities, total.reconstruction_errors().tolist(), total.values.tolist())
         return {modality: error for modality, error, count in errors if count > 0}
 
@@ -103,7 +106,10 @@ def evaluate_model(
     parts = [part for batch in calibration for name in config.modalities if (part := alone(batch, name))]
     model.calibrate_experts(parts, subset_errors=config.num_experts <= 8)
     measured = config.expert_statistics
-    names = list(measured)
+    errors = Errors(model, test, args.masks)
+    names = [name for name in measured if name in errors.of(name)]
+    if unmeasured := [name for name in config.modalities if name not in names]:
+        print(f"Not evaluated, since the held-out samples hide no patch of them: {unmeasured}.")
     layers = []
     for position, layer in enumerate(config.moe_layers):
         gates = torch.tensor([measured[name]["gate"][position] for name in names])
@@ -117,7 +123,6 @@ def evaluate_model(
             }
         )
 
-    errors = Errors(model, test, args.masks)
     with without_experts(model):
         together_without = errors.of(None)
     result: dict[str, Any] = {
@@ -132,15 +137,15 @@ def evaluate_model(
         with without_experts(model):
             without = errors.of(name)[name]
         entry: dict[str, Any] = {"full": full, "without": without, "pruned": {}}
-        for kept in (1, 2, 3):
+        for kept in KEPT:
             for criterion in criteria:
                 ids = plan_experts(config, [name], experts_per_layer=kept, criterion=criterion)
-                entry["pruned"].setdefault(criterion, {})[kept] = errors.of(name, ids)[name]
+                entry["pruned"].setdefault(criterion, {})[str(kept)] = errors.of(name, ids)[name]
             draws = [
                 plan_experts(config, [name], experts_per_layer=kept, criterion="random", seed=seed)
                 for seed in range(args.random_choices)
             ]
-            entry["pruned"].setdefault("random", {})[kept] = statistics.mean(
+            entry["pruned"].setdefault("random", {})[str(kept)] = statistics.mean(
                 errors.of(name, ids)[name] for ids in draws
             )
         ids = plan_experts(config, [name], coverage=0.95, criterion="saliency")
@@ -202,11 +207,13 @@ def report(results: list[dict[str, Any]]) -> str:
     rows = [
         [name, str(kept)]
         + [
-            spread([retention(result["alone"][name], result["alone"][name]["pruned"][c][kept]) for result in results])
+            spread(
+                [retention(result["alone"][name], result["alone"][name]["pruned"][c][str(kept)]) for result in results]
+            )
             for c in criteria
         ]
         for name in names
-        for kept in (1, 2, 3)
+        for kept in KEPT
     ]
     text.append(table(["modality", "r", *criteria], rows))
     text += ["", "## Retention with the two experts chosen for another modality", ""]

@@ -5,8 +5,8 @@
     python examples/quickstart.py --prune_for s2 --experts_per_layer 1
     python examples/quickstart.py --model org/mapex-base            # another checkpoint, a folder or from the Hub
 
-The model is mapex-nano, which lies beside this file: five sensors, pretrained on two CPU cores (docs/pretraining.md). The
-patches are BigEarthNet's and come with the PyPI package `bigearthnet-common` (extra `demo`); nothing is downloaded.
+The model is mapex-nano, which lies beside this file: five sensors, pretrained on two CPU cores (docs/pretraining.md).
+The patches are BigEarthNet's and come with the PyPI package `bigearthnet-common` (extra `demo`); nothing is downloaded.
 """
 
 import json

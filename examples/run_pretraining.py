@@ -479,8 +479,9 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
     modalities = {source: usable for source, (usable, _) in found.items()}
 
     streams = open_streams(data_args, modalities, accelerator, args.seed)
-    if few := {source: stream.num_shards for source, stream in streams.items() if stream.num_shards < 1}:
-        raise Stop(f"Too few shards for {accelerator.num_processes} processes: {list(few)}.")
+    most = max(stream.num_shards for stream in streams.values())
+    if data_args.num_workers > most:
+        raise Stop(f"{data_args.num_workers} workers for {most} shards a process: set --num_workers to {most} or less.")
     mixture = MixedShardStream(
         streams,
         dict(zip(data_args.sources, weights)),
@@ -579,7 +580,12 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
             scale = min(1.0, (step + 1) / max(args.mutual_information_warmup_steps, 1))
             for part in range(args.gradient_accumulation_steps):
                 asked = time.perf_counter()
-                batch = send_to_device(next(data), accelerator.device, non_blocking=True)
+                try:
+                    batch = next(data)
+                except (OSError, ValueError) as error:
+                    last = (checkpoints.all() or ["none"])[-1]
+                    raise Stop(f"Cannot read the data: {error}\nThe last checkpoint is {last}.") from error
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 waited += time.perf_counter() - asked
                 draw = (args.seed * args.max_steps + step) * args.gradient_accumulation_steps + part
                 draw = draw * accelerator.num_processes + accelerator.process_index
@@ -647,7 +653,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
 
     state_dict = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        finish(config, state_dict, batches, log, args, output_dir)
+        finish(config, state_dict, batches, log, args, output_dir, accelerator.device)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -659,10 +665,12 @@ def finish(
     log: Log,
     args: PretrainingArguments,
     output_dir: Path,
+    device: torch.device,
 ) -> None:
     """Calibrate the experts on held-out data, save the model by modality with its card, and push it."""
     model = MapexForPreTraining(config)
     model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in state_dict.items()})
+    model.to(device)
     if batches:
         model.calibrate_experts(part for batch in batches for part in batch.get("groups", [batch]))
         lines = [json.loads(line) for line in log.file.read_text().splitlines()]

@@ -63,7 +63,7 @@ def test_refuses_bad_options_and_files(quickstart, checkpoint, tmp_path):
         run(prune_for="s3")
     with pytest.raises(SystemExit, match="--patch must be below 6"):
         run(patch=6)
-    with pytest.raises(SystemExit, match="Cannot load .*nowhere"):
+    with pytest.raises(SystemExit, match=r"Cannot load .*nowhere"):
         run(model=str(tmp_path / "nowhere"))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="Choose another place with --output_dir"):

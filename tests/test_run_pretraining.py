@@ -1,7 +1,9 @@
 """examples/run_pretraining.py from shards to a model: what it writes, that it goes on exactly, and how it stops."""
 
+import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from shard_samples import SCHEMA, items, read
 
 
 pytest.importorskip("accelerate", reason="pretraining needs the extras `data` and `train`")
 pytest.importorskip("torchdata", reason="pretraining needs the extras `data` and `train`")
 
-from modeling_mapex import MapexForPreTraining, MapexImageProcessor
+from modeling_mapex import MapexForPreTraining, MapexImageProcessor, writing_mapex
 from modeling_mapex.data_mapex import split_of_place
 from modeling_mapex.writing_mapex import write_shards
 
@@ -56,8 +59,11 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folders = [tmp_path_factory.mktemp("shards") for _ in range(2)]
-    for folder, count, size in zip(folders, (40, 15), (40_000, 1 << 30)):
-        write_shards(items(count), read, SCHEMA, folder, shard_bytes=size, overwrite=True, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing_mapex, "_ROW_GROUP_BYTES", 20_000)
+        for folder, count, size in zip(folders, (40, 15), (100_000, 1 << 30)):
+            write_shards(items(count), read, SCHEMA, folder, shard_bytes=size, overwrite=True, progress=False)
+    assert len(list(folders[0].glob("*.parquet"))) > 2
     return [str(folder) for folder in folders]
 
 
@@ -281,6 +287,22 @@ class TestStops:
         (tmp_path / "out").write_text("a file, where a folder should be")
         assert "exists" in self.stop(shards, tmp_path)
 
+    def test_more_workers_than_shards(self, shards, tmp_path):
+        assert "set --num_workers to" in self.stop(shards, tmp_path, num_workers=99)
+
+    def test_damaged_shard(self, shards, tmp_path):
+        """Found when it is read, after others were: the checkpoints made so far stay."""
+        folder = shutil.copytree(shards[0], tmp_path / "shards")
+        for file in sorted(folder.glob("*.parquet"))[1:]:
+            raw = bytearray(file.read_bytes())
+            raw[4 : len(raw) // 2] = bytes(len(raw) // 2 - 4)
+            file.write_bytes(raw)
+        message = self.stop([str(folder)], tmp_path, weights=None, held_out=0.0, max_steps=50, checkpoint_steps=1)
+        assert "Cannot read the data" in message and "The last checkpoint is" in message
+
+    def test_everything_held_out(self, shards, tmp_path):
+        assert "has no samples for this process" in self.stop(shards, tmp_path, held_out=1.0)
+
     def test_nan_loss(self, shards, tmp_path):
         message = self.stop(shards, tmp_path, base_learning_rate=1e30, max_grad_norm=1e30, max_steps=30)
         assert "The loss is" in message and "--base_learning_rate" in message
@@ -291,3 +313,28 @@ def test_help_has_the_commands():
         [sys.executable, str(EXAMPLES / "run_pretraining.py"), "--help"], capture_output=True, text=True, check=True
     )
     assert "accelerate launch" in result.stdout and "--mutual_information_warmup_steps" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "multi_node"])
+def test_accelerate_accepts_its_configurations(name):
+    """As `accelerate launch` reads them; what is no option of Accelerate is an error there."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / "accelerate_configs" / f"{name}.yaml"))
+    assert config.num_processes == {"cpu": 1, "ddp": 8, "fsdp2": 8, "multi_node": 16}[name]
+    if name == "fsdp2":
+        from accelerate import FullyShardedDataParallelPlugin
+
+        keys = {key.removeprefix("fsdp_") for key in config.fsdp_config}
+        known = set(inspect.signature(FullyShardedDataParallelPlugin).parameters)
+        assert keys - {"transformer_layer_cls_to_wrap", "version"} <= known
+
+
+class TestRecipes:
+    def test_nano(self):
+        """The recipe of the checkpoint in the repository is the one that the checkpoint has."""
+        recipe = yaml.safe_load((EXAMPLES / "configs" / "nano.yaml").read_text())
+        model_args, data_args, args = run_pretraining.parse_arguments([str(EXAMPLES / "configs" / "nano.yaml")])
+        assert args.max_steps == recipe["max_steps"] and len(data_args.weights) == len(data_args.sources)
+        config = run_pretraining.build_model(model_args).config
+        assert {name: spec["bands"] for name, spec in config.modalities.items()} == recipe["modalities"]
