@@ -362,7 +362,8 @@ class MapexConfig(PreTrainedConfig):
         for layer, num_experts in enumerate(self.num_layer_experts):
             total += attention + 4 * width + num_experts * mlp
             if num_experts > 1:
-                total += num_experts * width + len(self.modalities) * (width + num_experts)  # router
+                total += num_experts * width  # router
+                total += len(self.modalities) * (width + num_experts) if self.conditioned_router else 0
             if layer in self.moe_layers and self.num_shared_experts:
                 total += 2 * width * inner * self.num_shared_experts + inner * self.num_shared_experts + width
         return total

@@ -110,6 +110,18 @@ class TestEqualsMasking:
         assert next(small.parameters()).dtype == torch.float64
         assert_close(outputs_of(small, pixel_values), expected, 1e-12)
 
+    def test_plain_router(self, tmp_path):
+        """One that does not know the modality: less to prune, by the same rules, and the same after a save."""
+        model = calibrated(conditioned_router=False)
+        assert not any("modality_shift" in name or "modality_bias" in name for name in model.state_dict())
+        pruned = model.prune_for_modalities(["radar", "height"], experts_per_layer=[3, 2])
+        pixel_values = tiny_inputs(("radar", "height"))
+        mask = expert_mask(model.config, pruned.config.expert_ids)
+        assert_close(outputs_of(pruned.build(), pixel_values), outputs_of(model, pixel_values, expert_mask=mask), 1e-5)
+        pruned.save_pretrained(tmp_path)
+        loaded = MapexModel.from_pretrained(tmp_path)
+        assert_close(outputs_of(loaded, pixel_values), outputs_of(pruned.build(), pixel_values), 0.0)
+
     @pytest.mark.parametrize("names", subsets(MODALITIES), ids="+".join)
     def test_same_choices(self, models, names):
         """Each token goes to the same experts with the same weights, layer by layer."""
@@ -195,9 +207,9 @@ class TestInvariants:
             assert torch.equal(tensor, weights[key]), key
 
     @pytest.mark.parametrize("plan", PLANS, ids=str)
-    @pytest.mark.parametrize("shared", [0, 2])
-    def test_size_is_what_the_configuration_says(self, plan, shared, tmp_path):
-        model = calibrated(num_shared_experts=shared)
+    @pytest.mark.parametrize("fields", [{}, {"num_shared_experts": 2}, {"conditioned_router": False}], ids=str)
+    def test_size_is_what_the_configuration_says(self, plan, fields, tmp_path):
+        model = calibrated(**fields)
         for names in subsets(MODALITIES):
             pruned = model.prune_for_modalities(names, **plan)
             expected = pruned.config.num_encoder_parameters()
