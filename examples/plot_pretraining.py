@@ -3,8 +3,8 @@
     python examples/plot_pretraining.py --logs outputs/nano/log.jsonl --output nano.png
     python examples/plot_pretraining.py --logs outputs/full-*/log.jsonl outputs/plain-*/log.jsonl --output compare.png
 
-Logs are those of `run_pretraining.py`. Runs whose folders differ only in what follows the last `-`, as seeds do, are one
-curve: their mean, and a band from the lowest to the highest.
+Logs are those of `run_pretraining.py`. Runs whose folders differ only in a number after the last `-`, as seeds do, are
+one curve: their mean, and a band from the lowest to the highest.
 """
 
 import json

@@ -286,9 +286,10 @@ def step_flops(sums: PretrainingSums, model: MapexForPreTraining) -> float:
 class Checkpoints:
     """Checkpoints of a run: written whole or not at all, the last few kept."""
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, keep: int):
+    def __init__(self, output_dir: Path, accelerator: Accelerator, model: nn.Module, keep: int):
         self.folder = output_dir / "checkpoints"
         self.accelerator = accelerator
+        self.model = model
         self.keep = keep
 
     def all(self) -> list[Path]:
@@ -297,8 +298,12 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(self, step: int, loader: StatefulDataLoader, description: dict[str, Any]) -> None:
-        """Write what the run needs to go on from `step`."""
+        """Write what the run needs to go on from `step`; not of weights that are no longer finite."""
         accelerator = self.accelerator
+        for parameter in self.model.parameters():
+            mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not torch.isfinite(mine).all():
+                raise Stop(self.not_finite("The weights are no longer finite after", step))
         unfinished = self.folder / "unfinished"
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -315,6 +320,14 @@ class Checkpoints:
             for old in self.all()[: -self.keep]:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
+
+    def not_finite(self, what: str, step: int) -> str:
+        """Message for a run that has diverged."""
+        last = (self.all() or ["none"])[-1]
+        return (
+            f"{what} step {step}. Nothing was saved since; the last checkpoint is {last}. Lower --base_learning_rate, "
+            "look for bad values in the data, or train without mixed precision."
+        )
 
     def load(self, loader: StatefulDataLoader, mixture: MixedShardStream, description: dict[str, Any]) -> int:
         """Go on from the last checkpoint; its step, or 0 if there is none."""
@@ -434,6 +447,11 @@ def interruptible(accelerator: Accelerator) -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the one that trains decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
     report_to = args.report_to
     if report_to is None:
@@ -497,6 +515,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         batch_size=args.per_device_batch_size,
         collate_fn=collate(flip=True, band_dropout=data_args.band_dropout),
         num_workers=data_args.num_workers,
+        worker_init_fn=ignore_interrupt,
         pin_memory=accelerator.device.type == "cuda",
         drop_last=True,
     )
@@ -546,7 +565,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         "modalities": list(config.modalities),
         "seed": args.seed,
     }
-    checkpoints = Checkpoints(output_dir, accelerator, args.keep_checkpoints)
+    checkpoints = Checkpoints(output_dir, accelerator, model, args.keep_checkpoints)
     if args.from_scratch and accelerator.is_main_process:
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
         (output_dir / "log.jsonl").unlink(missing_ok=True)
@@ -612,11 +631,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
             if step % args.logging_steps == 0 or ending:
                 values = metrics_of(window, config, "training", scale)
                 if not math.isfinite(values["training/loss"]):
-                    raise Stop(
-                        f"The loss is {values['training/loss']} in the {args.logging_steps} steps before {step}. "
-                        f"Nothing was saved since; the last checkpoint is {(checkpoints.all() or ['none'])[-1]}. Lower "
-                        "--base_learning_rate, look for bad values in the data, or train without mixed precision."
-                    )
+                    what = f"The loss is {values['training/loss']} in the {args.logging_steps} steps before"
+                    raise Stop(checkpoints.not_finite(what, step))
                 elapsed = time.perf_counter() - started
                 share = 1 if process_group is not None else accelerator.num_processes  # of the tokens in the window
                 values |= {

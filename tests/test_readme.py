@@ -18,6 +18,7 @@ def blocks(text: str, language: str = "python") -> list[str]:
 def test_snippets_run_and_shapes_are_as_written(tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="the fine-tuning snippet needs the extra `train`")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(README.parent / "examples")  # a reader sits in the repository
     snippets = blocks(README.read_text())
     assert len(snippets) >= 5
     names: dict = {}

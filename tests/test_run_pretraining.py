@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 import signal
@@ -80,7 +81,9 @@ def start(settings: str, output_dir: Path, *arguments: str, processes: int = 1) 
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *launcher, *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def run(*args, code: int = 0, **options) -> str:
@@ -184,14 +187,16 @@ class TestGoingOn:
         assert "Going on from step" in run(settings, tmp_path)
         assert_same_run(straight[0], tmp_path)
 
-    def test_after_ctrl_c(self, shards, straight, tmp_path):
-        settings = settings_file(tmp_path, shards, checkpoint_steps=100)
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_after_ctrl_c(self, shards, straight, tmp_path, workers):
+        """Which a terminal sends to the processes that read as well."""
+        settings = settings_file(tmp_path, shards, checkpoint_steps=100, num_workers=workers)
         process = start(settings, tmp_path)
         deadline = time.monotonic() + 120
         log = tmp_path / "log.jsonl"
         while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "Run the same command again" in output, output[-3000:]
         assert "Going on from step" in run(settings, tmp_path)
@@ -302,6 +307,12 @@ class TestStops:
 
     def test_everything_held_out(self, shards, tmp_path):
         assert "has no samples for this process" in self.stop(shards, tmp_path, held_out=1.0)
+
+    def test_weights_that_are_not_finite_are_not_saved(self, shards, tmp_path):
+        """The loss of the step that spoils them is finite still."""
+        changes = {"base_learning_rate": math.inf, "warmup_steps": 0, "checkpoint_steps": 1}
+        message = self.stop(shards, tmp_path, **changes)
+        assert "weights are no longer finite after step 1" in message and "checkpoint is none" in message
 
     def test_nan_loss(self, shards, tmp_path):
         message = self.stop(shards, tmp_path, base_learning_rate=1e30, max_grad_norm=1e30, max_steps=30)
