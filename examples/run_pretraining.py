@@ -538,7 +538,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
     samples_per_step = args.per_device_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     learning_rate = args.base_learning_rate * samples_per_step / 256
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.weight_decay), lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2)
     )

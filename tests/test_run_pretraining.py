@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from shard_samples import SCHEMA, items, read
 
 
@@ -74,13 +75,15 @@ def settings_file(folder: Path, shards, **changes) -> str:
     return str(file)
 
 
-def start(settings: str, output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
+def start(
+    settings: str, output_dir: Path, *arguments: str, processes: int = 1, environment=os.environ
+) -> subprocess.Popen:
     script = [str(EXAMPLES / "run_pretraining.py"), settings, "--output_dir", str(output_dir), *arguments]
     command = [sys.executable, *script]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *launcher, *script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {**environment, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -206,6 +209,36 @@ class TestGoingOn:
         settings = settings_file(tmp_path, shards)
         output = run(settings, straight[0], "--max_steps", "9", code=1)
         assert "max_steps: 6 -> 9" in output and "--from_scratch" in output
+
+
+def test_activation_checkpointing_changes_nothing(shards, straight, tmp_path):
+    run(settings_file(tmp_path, shards), tmp_path, "--gradient_checkpointing")
+    for line, expected in zip(log_of(tmp_path), log_of(straight[0])):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradient_accumulation(shards, tmp_path):
+    """Twice the samples a step, the learning rate scaled with them, and resumed as exactly."""
+    settings = settings_file(tmp_path, shards, gradient_accumulation_steps=2)
+    (tmp_path / "one").mkdir()
+    run(settings, tmp_path / "one")
+    run(settings, tmp_path / "two", "--stop_after", "3")
+    run(settings, tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert log_of(tmp_path / "one")[1]["training/learning_rate"] == pytest.approx(0.03 * 16 / 256)
+
+
+def test_from_the_hub_and_to_it(shards, tmp_path):
+    """The same run as from a folder, and its model in a repository, in files by modality."""
+    run(settings_file(tmp_path, shards[:1], weights=None, max_steps=2), tmp_path / "folder")
+    with HubServer(tmp_path / "hub") as hub:
+        files = {file.name: file.read_bytes() for file in Path(shards[0]).iterdir()}
+        hub.put("me/chips", files, kind="dataset")
+        settings = settings_file(tmp_path, ["me/chips"], weights=None, max_steps=2, push_to_hub="me/mapex-small")
+        run(settings, tmp_path / "hub-run", environment=hub.environment(tmp_path / "home"))
+        pushed = set(hub.files("me/mapex-small"))
+    assert_same_run(tmp_path / "folder", tmp_path / "hub-run")
+    assert {"model-trunk.safetensors", "README.md", "modeling_mapex.py", "preprocessor_config.json"} <= pushed
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""Commands of the README, docs/pretraining.md and the scripts' own docstrings: scripts and files exist, and options are
+those that the scripts have.
+"""
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from test_readme import blocks
+
+
+pytest.importorskip("accelerate", reason="the scripts need the extras `data` and `train`")
+pytest.importorskip("matplotlib", reason="the scripts need the extra `viz`")
+pytest.importorskip("torchdata", reason="the scripts need the extras `data` and `train`")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import evaluate_pretraining
+import plot_pretraining
+import run_pretraining
+
+
+OPTIONS = {
+    "run_pretraining.py": (
+        run_pretraining.ModelArguments,
+        run_pretraining.DataArguments,
+        run_pretraining.PretrainingArguments,
+    ),
+    "evaluate_pretraining.py": (evaluate_pretraining.EvaluationArguments, run_pretraining.DataArguments),
+    "plot_pretraining.py": (plot_pretraining.Arguments,),
+}
+
+
+def commands() -> list[list[str]]:
+    """All command lines that name one of the scripts, in words."""
+    texts = [
+        text for name in ("README.md", "docs/pretraining.md") for text in blocks((ROOT / name).read_text(), "bash")
+    ]
+    for script in OPTIONS:
+        docstring = ast.get_docstring(ast.parse((ROOT / "examples" / script).read_text()))
+        texts.append("\n".join(line for line in docstring.splitlines() if line.startswith("    ")))
+    joined = "\n".join(texts).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    return [words for words in lines if any(Path(word).name in OPTIONS for word in words)]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_options_exist(words):
+    position, script = next((index, Path(word)) for index, word in enumerate(words) if Path(word).name in OPTIONS)
+    assert (ROOT / script).is_file()
+    for word in words:
+        if word.startswith("examples/") and not re.search(r"[*{]", word):
+            assert (ROOT / word).exists(), word
+    known = {name for kind in OPTIONS[script.name] for name in kind.__dataclass_fields__}
+    used = {word.removeprefix("--") for word in words[position + 1 :] if word.startswith("--")}
+    assert used <= known
+    assert used or script.name == "run_pretraining.py"
+
+
+def test_all_are_found():
+    named = [Path(word).name for words in commands() for word in words if Path(word).name in OPTIONS]
+    assert named.count("run_pretraining.py") >= 8 and set(named) == set(OPTIONS)
