@@ -19,9 +19,9 @@ pytest.importorskip("torchdata", reason="the scripts need the extras `data` and 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-import evaluate_pretraining
-import plot_pretraining
-import run_pretraining
+import evaluate_pretraining  # noqa: E402
+import plot_pretraining  # noqa: E402
+import run_pretraining  # noqa: E402
 
 
 OPTIONS = {
