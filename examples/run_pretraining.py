@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, send_to_device, set_seed
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -136,6 +136,10 @@ class PretrainingArguments:
     )
     process_timeout: int = field(default=600, metadata={"help": "Seconds to wait for a process before giving up."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository to push the model to at the end."})
+
+
+# A run cannot go on with others.
+FIXED_SETTINGS = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "base_learning_rate", "seed")
 
 
 class Stop(SystemExit):
@@ -286,11 +290,11 @@ def step_flops(sums: PretrainingSums, model: MapexForPreTraining) -> float:
 class Checkpoints:
     """Checkpoints of a run: written whole or not at all, the last few kept."""
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, model: nn.Module, keep: int):
+    def __init__(self, output_dir: Path, accelerator: Accelerator, model: nn.Module, args: PretrainingArguments):
         self.folder = output_dir / "checkpoints"
         self.accelerator = accelerator
         self.model = model
-        self.keep = keep
+        self.keep = args.keep_checkpoints
 
     def all(self) -> list[Path]:
         """Complete ones, the oldest first."""
@@ -303,7 +307,7 @@ class Checkpoints:
         for parameter in self.model.parameters():
             mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             if not torch.isfinite(mine).all():
-                raise Stop(self.not_finite("The weights are no longer finite after", step))
+                raise Stop(f"The weights are no longer finite after step {step}. {self.advise()}")
         unfinished = self.folder / "unfinished"
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -321,12 +325,14 @@ class Checkpoints:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def not_finite(self, what: str, step: int) -> str:
-        """Message for a run that has diverged."""
-        last = (self.all() or ["none"])[-1]
+    def tell_last(self) -> str:
+        return f"The last checkpoint is {(self.all() or ['none'])[-1]}."
+
+    def advise(self) -> str:
+        """For a run that has diverged."""
         return (
-            f"{what} step {step}. Nothing was saved since; the last checkpoint is {last}. Lower --base_learning_rate, "
-            "look for bad values in the data, or train without mixed precision."
+            f"Nothing was saved since. {self.tell_last()} Lower --base_learning_rate, look for bad values in the data, "
+            "or train without mixed precision."
         )
 
     def load(self, loader: StatefulDataLoader, mixture: MixedShardStream, description: dict[str, Any]) -> int:
@@ -338,7 +344,7 @@ class Checkpoints:
         changed = [
             f"{name}: {run[name]} -> {value}"
             for name, value in description.items()
-            if run.get(name) != value and name != "processes"
+            if name in run and run[name] != value and name != "processes"
         ]
         if changed:
             raise Stop(
@@ -452,39 +458,31 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
+def start(args: PretrainingArguments) -> Accelerator:
+    """The processes, devices and trackers of the run."""
     report_to = args.report_to
     if report_to is None:
         report_to = ["tensorboard"] if find_spec("tensorboard") else []
-    output_dir = Path(args.output_dir)
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator = Accelerator(
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        return Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=[name for name in report_to if name != "none"] or None,
             project_dir=args.output_dir,
             step_scheduler_with_optimizer=False,
-            dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.process_timeout))],
         )
     except (OSError, ValueError, ImportError) as error:
         raise Stop(f"{error}") from error
-    set_seed(args.seed)
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP
 
-    try:
-        model = build_model(model_args)
-    except (ValueError, OSError) as error:
-        raise Stop(f"{error}") from error
-    config = model.config
-    if not data_args.sources:
+
+def choose_modalities(args: DataArguments, config: MapexConfig, accelerator: Accelerator) -> dict[str, list[str]]:
+    """What to read of each source; printed, with what is left out and why."""
+    if not args.sources:
         raise Stop("Nothing to train on: give --sources, folders of shards or repositories on the Hub.")
-    weights = data_args.weights or [1.0] * len(data_args.sources)
-    if len(weights) != len(data_args.sources):
-        raise Stop(f"{len(data_args.sources)} --sources but {len(weights)} --weights: give one for each.")
     try:
-        found = {source: usable_modalities(source, data_args.train_split, config) for source in data_args.sources}
+        found = {source: usable_modalities(source, args.train_split, config) for source in args.sources}
     except (OSError, ValueError) as error:
         raise Stop(f"{error}") from error
     for source, (usable, refused) in found.items():
@@ -494,22 +492,99 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         raise Stop(f"{useless} hold nothing that the model has ({list(config.modalities)}): leave them out.")
     if missing := [name for name in config.modalities if not any(name in usable for usable, _ in found.values())]:
         raise Stop(f"No source has {missing}: add one, or train without with --modalities.")
-    modalities = {source: usable for source, (usable, _) in found.items()}
+    return {source: usable for source, (usable, _) in found.items()}
 
-    streams = open_streams(data_args, modalities, accelerator, args.seed)
+
+def mix_streams(
+    args: DataArguments, modalities: dict[str, list[str]], accelerator: Accelerator, seed: int
+) -> MixedShardStream:
+    """The training side of all sources, this process's share."""
+    weights = args.weights or [1.0] * len(args.sources)
+    if len(weights) != len(args.sources):
+        raise Stop(f"{len(args.sources)} --sources but {len(weights)} --weights: give one for each.")
+    streams = open_streams(args, modalities, accelerator, seed)
     most = max(stream.num_shards for stream in streams.values())
-    if data_args.num_workers > most:
-        raise Stop(f"{data_args.num_workers} workers for {most} shards a process: set --num_workers to {most} or less.")
-    mixture = MixedShardStream(
-        streams,
-        dict(zip(data_args.sources, weights)),
-        seed=args.seed * accelerator.num_processes + accelerator.process_index,
-    )
-    processor = MapexImageProcessor.from_config(config)
+    if args.num_workers > most:
+        raise Stop(f"{args.num_workers} workers for {most} shards a process: set --num_workers to {most} or less.")
+    own_seed = seed * accelerator.num_processes + accelerator.process_index
+    try:
+        return MixedShardStream(streams, dict(zip(args.sources, weights)), seed=own_seed)
+    except ValueError as error:
+        raise Stop(f"{error}") from error
+
+
+def list_held_out(samples: dict[str, list[dict[str, Any]]], config: MapexConfig, file: Path) -> None:
+    """Write which places are held out, and say which modalities they lack."""
+    places = {source: sorted({sample["place"] for sample in part}) for source, part in samples.items()}
+    file.write_text(json.dumps(places, indent=1))
+    images = [sample["images"] for part in samples.values() for sample in part]
+    unseen = [name for name in config.modalities if all(image.get(name) is None for image in images)]
+    if unseen:
+        print(f"No held-out sample has {unseen}: they are not evaluated, and cannot be pruned for.")
+
+
+class Window:
+    """What happened since the last log: sums for the losses, samples, and time, without that of `pause`."""
+
+    def __init__(self):
+        self.sums: PretrainingSums | None = None
+        self.samples = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, sums: PretrainingSums) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """For data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """For what is no training."""
+        before = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - before
+
+    def throughput(self, model: MapexForPreTraining, share: int, devices: int, peak: float | None) -> dict[str, float]:
+        """Rates of all processes together, `share` times what the sums hold, and the utilisation of a device."""
+        elapsed = time.perf_counter() - self.started
+        values = {
+            "throughput/samples_per_second": self.samples / elapsed,
+            "throughput/tokens_per_second": share * self.sums.tokens.sum().item() / elapsed,
+            "throughput/waiting_for_data": self.waited / elapsed,
+        }
+        if peak:
+            values["throughput/mfu"] = share * step_flops(self.sums, model) / elapsed / devices / (peak * 1e12)
+        return values
+
+
+def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
+    accelerator = start(args)
+    output_dir = Path(args.output_dir)
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    set_seed(args.seed)
+    try:
+        plain_model = model = build_model(model_args)
+    except (ValueError, OSError) as error:
+        raise Stop(f"{error}") from error
+    config = model.config
+
+    # Data: a stream to train on, and batches in memory to evaluate on.
+    modalities = choose_modalities(data_args, config, accelerator)
+    mixture = mix_streams(data_args, modalities, accelerator, args.seed)
     # Groups of different shapes would make the processes of a sharded model disagree on how often to gather it, and a
     # compiled one compile again and again: these fill up to one shape.
-    group = not (is_sharded or args.torch_compile)
-    collate = partial(MapexCollator, processor, crop_size=data_args.crop_size, group=group, seed=args.seed)
+    collate = partial(
+        MapexCollator,
+        MapexImageProcessor.from_config(config),
+        crop_size=data_args.crop_size,
+        group=not (is_sharded or args.torch_compile),
+        seed=args.seed,
+    )
     loader = StatefulDataLoader(
         mixture,
         batch_size=args.per_device_batch_size,
@@ -519,28 +594,23 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         pin_memory=accelerator.device.type == "cuda",
         drop_last=True,
     )
-
     held_out = held_out_samples(data_args, modalities)
+    if accelerator.is_main_process:
+        list_held_out(held_out, config, output_dir / "held_out.json")
     samples = [sample for part in held_out.values() for sample in part]
     batches = to_batches(samples, collate(), args.per_device_batch_size)
-    if accelerator.is_main_process:
-        places = {source: sorted({sample["place"] for sample in part}) for source, part in held_out.items()}
-        (output_dir / "held_out.json").write_text(json.dumps(places, indent=1))
-        unseen = set(config.modalities) - {
-            name for sample in samples for name, image in sample["images"].items() if image is not None
-        }
-        if unseen:
-            print(f"No held-out sample has {sorted(unseen)}: they are not evaluated, and cannot be pruned for.")
     # A sharded model is evaluated by all processes together, on the same batches; otherwise each takes its share.
     numbered = list(enumerate(batches))
     mine = numbered if is_sharded else numbered[accelerator.process_index :: accelerator.num_processes]
 
-    samples_per_step = args.per_device_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    learning_rate = args.base_learning_rate * samples_per_step / 256
+    # Model, optimiser, schedule.
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    samples_per_step = args.per_device_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=learning_rate, betas=(args.adam_beta1, args.adam_beta2)
+        parameter_groups(model, args.weight_decay),
+        lr=args.base_learning_rate * samples_per_step / 256,
+        betas=(args.adam_beta1, args.adam_beta2),
     )
     scheduler = get_scheduler(
         "cosine_with_min_lr",
@@ -549,101 +619,88 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         num_training_steps=args.max_steps,
         scheduler_specific_kwargs={"min_lr_rate": args.minimum_learning_rate},
     )
-    plain_model = model
     if args.torch_compile:
         model = torch.compile(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    process_group = None
-    if accelerator.num_processes > 1 and not args.local_losses:
-        process_group = torch.distributed.group.WORLD
+    all_processes = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
+    process_group = None if args.local_losses else all_processes
 
-    description = {
-        "processes": accelerator.num_processes,
-        "max_steps": args.max_steps,
-        "sources": data_args.sources,
-        "modalities": list(config.modalities),
-        "seed": args.seed,
-    }
-    checkpoints = Checkpoints(output_dir, accelerator, model, args.keep_checkpoints)
+    # Where an earlier session ended.
     if args.from_scratch and accelerator.is_main_process:
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
         (output_dir / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+    checkpoints = Checkpoints(output_dir, accelerator, model, args)
+    description = {
+        "processes": accelerator.num_processes,
+        "sources": data_args.sources,
+        "weights": data_args.weights,
+        "crop_size": data_args.crop_size,
+        "modalities": list(config.modalities),
+        **{name: getattr(args, name) for name in FIXED_SETTINGS},
+    }
     step = checkpoints.load(loader, mixture, description)
     if step:
         accelerator.print(f"Going on from step {step}.")
     log = Log(output_dir / "log.jsonl", accelerator, step)
-    if accelerator.trackers is not None and report_to:
-        accelerator.init_trackers("logs", config=_flat({**asdict(model_args), **asdict(data_args), **asdict(args)}))
+    accelerator.init_trackers("logs", config=_flat({**asdict(model_args), **asdict(data_args), **asdict(args)}))
 
-    def evaluate_now(step: int) -> None:
+    def draw(part: int) -> torch.Generator:
+        """Of masks, pools and noise: of its own for each step, part of a step and process, hence the same on resume."""
+        position = (args.seed * args.max_steps + step) * args.gradient_accumulation_steps + part
+        position = position * accelerator.num_processes + accelerator.process_index
+        return torch.Generator(accelerator.device).manual_seed(position)
+
+    def evaluate_now() -> None:
         sums = evaluate(model if is_sharded else plain_model, mine, accelerator)
-        if accelerator.num_processes > 1 and not is_sharded:
+        if all_processes is not None and not is_sharded:
             empty = PretrainingSums.zeros(config, accelerator.device)  # of a process that has no batch
-            sums = (empty if sums is None else sums).all_reduce(torch.distributed.group.WORLD)
+            sums = (empty if sums is None else sums).all_reduce(all_processes)
         log(metrics_of(sums, config, "evaluation"), step)
         if accelerator.is_main_process and sums.router and find_spec("matplotlib"):
             routing_picture(sums, config, step, output_dir / "routing", accelerator)
 
     model.train()
-    window, started, waited, seen = None, time.perf_counter(), 0.0, 0
+    last_step = min(args.max_steps, args.stop_after or args.max_steps)
+    ending = step >= last_step
+    data, window = iter(loader), Window()
     progress = tqdm(
         initial=step, total=args.max_steps, desc="Pretraining", unit="step", disable=not accelerator.is_main_process
     )
-    data = iter(loader)
-    last_step = min(args.max_steps, args.stop_after or args.max_steps)
     with interruptible(accelerator) as interrupted:
-        ending = step >= last_step
         while not ending:
             scale = min(1.0, (step + 1) / max(args.mutual_information_warmup_steps, 1))
             for part in range(args.gradient_accumulation_steps):
-                asked = time.perf_counter()
-                try:
-                    batch = next(data)
-                except (OSError, ValueError) as error:
-                    last = (checkpoints.all() or ["none"])[-1]
-                    raise Stop(f"Cannot read the data: {error}\nThe last checkpoint is {last}.") from error
-                batch = send_to_device(batch, accelerator.device, non_blocking=True)
-                waited += time.perf_counter() - asked
-                draw = (args.seed * args.max_steps + step) * args.gradient_accumulation_steps + part
-                draw = draw * accelerator.num_processes + accelerator.process_index
+                with window.wait():
+                    try:
+                        batch = next(data)
+                    except (OSError, ValueError) as error:
+                        raise Stop(f"Cannot read the data: {error}\n{checkpoints.tell_last()}") from error
+                    batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 with accelerator.accumulate(model):
                     outputs = model(
-                        **batch,
-                        generator=torch.Generator(accelerator.device).manual_seed(draw),
-                        mutual_information_scale=scale,
-                        process_group=process_group,
+                        **batch, generator=draw(part), mutual_information_scale=scale, process_group=process_group
                     )
                     accelerator.backward(outputs.loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                sums = outputs.sums.detach()
-                window = sums if window is None else window + sums
+                window.add(outputs.sums.detach())
             scheduler.step()
             step += 1
-            seen += samples_per_step
+            window.samples += samples_per_step
             progress.update()
 
             ending = step == last_step or bool(interrupted)
             if step % args.logging_steps == 0 or ending:
-                values = metrics_of(window, config, "training", scale)
+                values = metrics_of(window.sums, config, "training", scale)
                 if not math.isfinite(values["training/loss"]):
-                    what = f"The loss is {values['training/loss']} in the {args.logging_steps} steps before"
-                    raise Stop(checkpoints.not_finite(what, step))
-                elapsed = time.perf_counter() - started
-                share = 1 if process_group is not None else accelerator.num_processes  # of the tokens in the window
-                values |= {
-                    "training/learning_rate": scheduler.get_last_lr()[0],
-                    "throughput/samples_per_second": seen / elapsed,
-                    "throughput/tokens_per_second": share * window.tokens.sum().item() / elapsed,
-                    "throughput/waiting_for_data": waited / elapsed,
-                }
-                if args.peak_tflops:
-                    flops = share * step_flops(window, plain_model) / elapsed / accelerator.num_processes
-                    values["throughput/mfu"] = flops / (args.peak_tflops * 1e12)
+                    raise Stop(f"The loss is {values['training/loss']} before step {step}. {checkpoints.advise()}")
+                share = accelerator.num_processes if process_group is None else 1  # sums are of all processes already
+                values |= window.throughput(plain_model, share, accelerator.num_processes, args.peak_tflops)
+                values["training/learning_rate"] = scheduler.get_last_lr()[0]
                 log(values, step)
                 progress.set_postfix(
                     loss=f"{values['training/loss']:.3f}",
@@ -651,26 +708,21 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
                     information=f"{values.get('training/normalized_mutual_information', math.nan):.2f}",
                     samples_s=f"{values['throughput/samples_per_second']:.0f}",
                 )
-                window, waited, seen = None, 0.0, 0
-                started = time.perf_counter()
-            if batches and (step % args.evaluation_steps == 0 or step == args.max_steps):
-                before = time.perf_counter()
-                evaluate_now(step)
-                started += time.perf_counter() - before
-            if step % args.checkpoint_steps == 0 or ending:
-                before = time.perf_counter()
-                checkpoints.save(step, loader, description)
-                started += time.perf_counter() - before
+                window = Window()
+            with window.pause():
+                if batches and (step % args.evaluation_steps == 0 or step == args.max_steps):
+                    evaluate_now()
+                if step % args.checkpoint_steps == 0 or ending:
+                    checkpoints.save(step, loader, description)
     progress.close()
-    if step < args.max_steps:
-        accelerator.end_training()
-        accelerator.print(f"Stopped at step {step}. Run the same command again to go on.")
-        return
 
-    state_dict = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        finish(config, state_dict, batches, log, args, output_dir, accelerator.device)
-    accelerator.wait_for_everyone()
+    if step < args.max_steps:
+        accelerator.print(f"Stopped at step {step}. Run the same command again to go on.")
+    else:
+        state_dict = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            finish(config, state_dict, batches, log, args, output_dir, accelerator.device)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
