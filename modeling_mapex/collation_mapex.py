@@ -21,6 +21,11 @@ class MapexCollator:
         processor ([`MapexImageProcessor`]): Of the model.
         label (`str`, *optional*): The label to put into the batch as `labels`: a class as int64 `(batch,)`, several as
             float32 `(batch, classes)`, a mask as int64 `(batch, height, width)`, a map as float32 of that shape.
+        label_codes (`dict[int, int | None]`, *optional*):
+            Of a mask: the class of each code that is stored, `None` for pixels that do not count, which become
+            `ignore_index`. Default: codes are classes.
+        ignore_index (`int`): See `label_codes`; `config.semantic_loss_ignore_index` of the model.
+        label_nodata (`float`, *optional*): Of a map: the value that stands for none, which becomes NaN.
         crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer.
         flip (`bool`): Mirror and turn samples.
         modality_dropout (`float`): Probability of leaving out a modality.
@@ -32,7 +37,8 @@ class MapexCollator:
         seed (`int`): Of all that is random.
 
     Raises (when called):
-        ValueError: a sample lacks the label, samples differ in size, or the processor refuses the values.
+        ValueError: a sample lacks the label, samples differ in size, a code is not in `label_codes`, or the processor
+            refuses the values.
     """
 
     def __init__(
@@ -40,6 +46,9 @@ class MapexCollator:
         processor: MapexImageProcessor,
         *,
         label: str | None = None,
+        label_codes: dict[int, int | None] | None = None,
+        ignore_index: int = 255,
+        label_nodata: float | None = None,
         crop_size: int | None = None,
         flip: bool = False,
         modality_dropout: float = 0.0,
@@ -51,6 +60,9 @@ class MapexCollator:
             raise ValueError("`group=True` is for pretraining, which has no labels: leave out `label`.")
         self.processor = processor
         self.label = label
+        self.label_codes = label_codes
+        self.ignore_index = ignore_index
+        self.label_nodata = label_nodata
         self.crop_size = crop_size
         self.flip = flip
         self.modality_dropout = modality_dropout
@@ -140,8 +152,26 @@ class MapexCollator:
         shapes = {value.shape for value in values}
         if len(shapes) > 1:
             raise ValueError(f"The labels `{self.label}` differ in shape: {sorted(shapes)}. Set `crop_size`.")
-        stacked = torch.from_numpy(np.stack(values).astype(_label_dtype(values[0])))
-        return stacked
+        stacked = np.stack(values)
+        if self.label_codes is not None:
+            stacked = self._to_classes(stacked, samples)
+        stacked = stacked.astype(_label_dtype(values[0]))
+        if self.label_nodata is not None:
+            stacked = np.where(stacked == np.float32(self.label_nodata), np.float32(np.nan), stacked)
+        return torch.from_numpy(stacked)
+
+    def _to_classes(self, codes: np.ndarray, samples: list[dict[str, Any]]) -> np.ndarray:
+        found, positions = np.unique(codes, return_inverse=True)
+        unknown = [code for code in found.tolist() if code not in self.label_codes]
+        if unknown:
+            holder = next(sample["id"] for sample, part in zip(samples, codes) if np.isin(part, unknown).any())
+            raise ValueError(
+                f"`{self.label}` of sample `{holder}` holds {unknown}, which `label_codes` does not name "
+                f"({sorted(self.label_codes)}). Give each its class, or `None` if it does not count."
+            )
+        classes = [self.label_codes[code] for code in found.tolist()]
+        classes = np.array([self.ignore_index if index is None else index for index in classes], dtype=np.int64)
+        return classes[positions].reshape(codes.shape)
 
 
 def _label_dtype(value: np.ndarray) -> type:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
 from .sensors_mapex import modality_spec
@@ -41,15 +42,19 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mapex.MapexConfig",
     "AutoImageProcessor": "image_processing_mapex.MapexImageProcessor",
     "AutoModel": "modeling_mapex.MapexModel",
+    "AutoBackbone": "modeling_mapex.MapexBackbone",
     "AutoModelForPreTraining": "modeling_mapex.MapexForPreTraining",
     "AutoModelForImageClassification": "modeling_mapex.MapexForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_mapex.MapexForSemanticSegmentation",
+    # A value per pixel: the closest that transformers has an Auto class for.
+    "AutoModelForDepthEstimation": "modeling_mapex.MapexForPixelRegression",
 }
 
 # Keys that transformers itself adds to a configuration beside the declared fields (`use_cache` by Trainer, for one).
 _LIBRARY_KEYS = {
     *("_commit_hash", "_name_or_path", "attn_implementation", "auto_map", "base_model_name_or_path"),
-    *("experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config"),
-    *("torch_dtype", "use_cache"),
+    *("experts_implementation", "model_type", "name_or_path", "num_labels", "out_features", "out_indices"),
+    *("output_attentions", "quantization_config", "torch_dtype", "use_cache"),
 }
 PER_BAND_KEYS = ("mean", "std", "clip", "codes")  # lists with one entry a band, which follow a choice of bands
 _MODALITY_KEYS = {
@@ -72,7 +77,7 @@ def _describes_sensors(modalities) -> bool:
 
 
 @strict
-class MapexConfig(PreTrainedConfig):
+class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a MAPEX model.
 
     Args:
@@ -112,6 +117,17 @@ class MapexConfig(PreTrainedConfig):
         decoder_hidden_size (`int`, *optional*), decoder_num_hidden_layers (`int`),
         decoder_num_attention_heads (`int`, *optional*), decoder_intermediate_size (`int`, *optional*):
             Dimensions of the pretraining decoder. Defaults: half of the encoder's width, and as many heads.
+        dense_hidden_size (`int`, *optional*), dense_num_stages (`int`):
+            Width of the decoder of maps (segmentation, regression) on the grid of tokens, by default about half of the
+            encoder's; and in how many stages it goes from there to pixels, each half as wide as the one before.
+        semantic_loss_ignore_index (`int`):
+            The label of pixels that do not count in segmentation.
+        class_weights (`list[float]`, *optional*):
+            Weights of the classes in the loss of segmentation or of single-label classification.
+        label_mean (`float`), label_std (`float`):
+            Of the values that pixel regression predicts: it learns `(value - mean) / std` and returns values.
+        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
+            Of `MapexBackbone`: which of `"stem"`, `"stage1"`, ... to return. Default: the last.
         mask_ratio (`float`):
             Share of the present tokens that pretraining hides.
         modality_dropout_prob (`float`):
@@ -198,6 +214,15 @@ class MapexConfig(PreTrainedConfig):
     decoder_num_attention_heads: int | None = None
     decoder_intermediate_size: int | None = None
 
+    dense_hidden_size: int | None = None
+    dense_num_stages: int = 3
+    semantic_loss_ignore_index: int = 255
+    class_weights: list[float | int] | None = None
+    label_mean: float | int = 0.0
+    label_std: float | int = 1.0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
     mask_ratio: float = 0.75
     modality_dropout_prob: float | int = 0.1
     norm_pix_loss: Literal["group", "patch", "none"] = "group"
@@ -232,11 +257,17 @@ class MapexConfig(PreTrainedConfig):
             self.decoder_hidden_size = self.hidden_size // 2
         if self.decoder_intermediate_size is None:
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+        if self.dense_hidden_size is None:
+            unit = 8 << max(self.dense_num_stages - 1, 0)
+            self.dense_hidden_size = unit * math.ceil(self.hidden_size / 2 / unit)
         if self.router_noise_std is None:
             self.router_noise_std = 1.0 / max(self.num_experts, 1)
         # Complete, so that any of our classes can open any of our checkpoints; transformers alone would list only the
         # class that was saved.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -341,6 +372,11 @@ class MapexConfig(PreTrainedConfig):
         return cls(modalities=specs, **{**preset, **overrides})
 
     @property
+    def stage_names(self) -> list[str]:
+        """What `MapexBackbone` can return: the embeddings, and what each block gives."""
+        return ["stem", *(f"stage{block}" for block in range(1, self.num_hidden_layers + 1))]
+
+    @property
     def num_layer_experts(self) -> list[int]:
         """Number of experts in each block; 1 is a plain MLP."""
         held = dict(zip(self.moe_layers, self.expert_ids))
@@ -393,6 +429,26 @@ class MapexConfig(PreTrainedConfig):
             raise ValueError(
                 "`position_unit` must be above 0 metres and `position_temperature` above 1, got "
                 f"{self.position_unit} and {self.position_temperature}."
+            )
+
+    def validate_heads(self):
+        """Raise `ValueError` for a decoder of maps, or labels, that cannot be."""
+        narrowest = self.dense_hidden_size >> max(self.dense_num_stages - 1, 0)
+        if self.dense_num_stages < 1 or narrowest < 8 or narrowest % 8:
+            raise ValueError(
+                f"`dense_hidden_size` ({self.dense_hidden_size}), halved in each of `dense_num_stages` "
+                f"({self.dense_num_stages}) but the first, must end at a multiple of 8."
+            )
+        if self.class_weights is not None and (
+            len(self.class_weights) != self.num_labels or not all(weight >= 0 for weight in self.class_weights)
+        ):
+            raise ValueError(
+                f"`class_weights` needs {self.num_labels} numbers, one a class and none negative, got "
+                f"{self.class_weights}."
+            )
+        if not math.isfinite(self.label_mean) or not self.label_std > 0:
+            raise ValueError(
+                f"`label_mean` must be finite and `label_std` above 0, got {self.label_mean} and {self.label_std}."
             )
 
     def validate_experts(self):

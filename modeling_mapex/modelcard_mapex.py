@@ -13,12 +13,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers.utils.hub import hf_api
 
-from .configuration_mapex import CRITERIA
+from .configuration_mapex import AUTO_MAP, CRITERIA
 
 
 CARD_NAME = "README.md"
 PAPER = "https://arxiv.org/abs/2507.07527"
-PIPELINE_TAGS = {"MapexForImageClassification": "image-classification"}  # others give features
+PIPELINE_TAGS = {  # others give features
+    "MapexForImageClassification": "image-classification",
+    "MapexForSemanticSegmentation": "image-segmentation",
+}
+_AUTO_CLASSES = {
+    name.rsplit(".", 1)[1]: auto for auto, name in AUTO_MAP.items() if auto not in ("AutoConfig", "AutoImageProcessor")
+}
 _CRITERION_TEXT = {
     "saliency": "gate times norm of the expert's output",
     "usage": "share of tokens",
@@ -278,9 +284,7 @@ def _results(record: dict[str, Any] | None) -> str:
 def _use(config, class_name: str, location: str) -> str:
     name, spec = next(iter(config.modalities.items()))
     side = 8 * spec["patch_size"]
-    auto = {"MapexForImageClassification": "AutoModelForImageClassification"}.get(class_name, "AutoModel")
-    if class_name == "MapexForPreTraining":
-        auto = "AutoModelForPreTraining"
+    auto = _AUTO_CLASSES.get(class_name, "AutoModel")
     return f"""## Use
 
 With the `modeling_mapex` package:

@@ -1,7 +1,8 @@
 """The MAPEX model: a pre-norm vision transformer over the tokens of several sensors, in which every second MLP is a
-mixture of experts with a router conditioned on the token's modality, its pretraining and classification heads, and the
-methods that calibrate and prune it. Experts and attention stay in this file because transformers looks for them in the
-module of the `PreTrainedModel`; what has no weights lives in the sibling modules.
+mixture of experts with a router conditioned on the token's modality, its heads for pretraining, classification and
+maps, its use as a backbone, and the methods that calibrate and prune it. Experts and attention stay in this file
+because transformers looks for them in the module of the `PreTrainedModel`; what has no weights lives in the sibling
+modules.
 """
 
 import copy
@@ -18,12 +19,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.integrations.moe import use_experts_implementation
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast
@@ -33,6 +35,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 from .calibration_mapex import ExpertRecorder
 from .checkpoint_mapex import Repository, group_by_modality, open_pruned, staged, upload_checkpoint
 from .configuration_mapex import AUTO_MAP, MapexConfig
+from .dense_mapex import (
+    check_class_map,
+    fuse_maps,
+    fuse_tokens,
+    ground_extent,
+    reference_modality,
+    regression_loss,
+    segmentation_loss,
+)
 from .losses_mapex import (
     PretrainingSums,
     masked_squared_error,
@@ -136,6 +147,37 @@ class MapexImageClassifierOutput(ImageClassifierOutput):
     router_weights: tuple[torch.FloatTensor, ...] | None = None
 
 
+@dataclass
+class MapexSemanticSegmenterOutput(SemanticSegmenterOutput):
+    """`SemanticSegmenterOutput`, its logits `(batch_size, num_labels, height, width)` of the size of the labels, with
+    the routing of the encoder where it was asked for.
+    """
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    router_indices: tuple[torch.LongTensor, ...] | None = None
+    router_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MapexPixelRegressionOutput(ModelOutput):
+    """Output of [`MapexForPixelRegression`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*): Mean square error in standard deviations of the labels.
+        predictions (`torch.Tensor` of shape `(batch_size, height, width)`): Values in the unit of the labels.
+        hidden_states, attentions, router_logits, router_indices, router_weights:
+            Of the encoder, as in [`MapexModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    predictions: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    router_indices: tuple[torch.LongTensor, ...] | None = None
+    router_weights: tuple[torch.FloatTensor, ...] | None = None
+
+
 class MapexRouting(NamedTuple):
     """What the mixtures of one forward pass have to know beside the hidden states; T tokens, sample after sample.
 
@@ -156,6 +198,23 @@ class MapexRouting(NamedTuple):
     membership: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     recorder: ExpertRecorder | None = None
+
+
+def _readable_pixels(
+    name: str,
+    pixel_values: dict[str, torch.Tensor],
+    modality_mask: dict[str, torch.BoolTensor] | None,
+    valid_mask: dict[str, torch.BoolTensor] | None,
+) -> torch.Tensor:
+    """Pixels of a modality, zero where a sample lacks it or holds no data. Replaced before any convolution, not after:
+    NaN times a zero gradient is NaN.
+    """
+    pixels = pixel_values[name]
+    if modality_mask is not None and name in modality_mask:
+        pixels = torch.where(modality_mask[name].to(pixels.device)[:, None, None, None], pixels, 0.0)
+    if valid_mask is not None and name in valid_mask:
+        pixels = torch.where(valid_mask[name].to(pixels.device)[:, None], pixels, 0.0)
+    return pixels
 
 
 class MapexPatchEmbeddings(nn.Module):
@@ -194,12 +253,7 @@ class MapexEmbeddings(nn.Module):
     ) -> torch.Tensor:
         patches = []
         for name in layout.grids:
-            pixels = pixel_values[name]
-            # Replaced before the convolution, not after: NaN times a zero gradient is NaN.
-            if modality_mask is not None and name in modality_mask:
-                pixels = torch.where(modality_mask[name].to(pixels.device)[:, None, None, None], pixels, 0.0)
-            if valid_mask is not None and name in valid_mask:
-                pixels = torch.where(valid_mask[name].to(pixels.device)[:, None], pixels, 0.0)
+            pixels = _readable_pixels(name, pixel_values, modality_mask, valid_mask)
             self._refuse_nan(name, pixels)
             patches.append(self.patch_embeddings[name](pixels))
         hidden_states = torch.cat(patches, dim=1)  # (B, N, D)
@@ -1368,6 +1422,280 @@ class MapexForImageClassification(MapexPreTrainedModel):
         )
 
 
+class MapexConvolution(nn.Module):
+    """3 x 3 convolution, normalisation over groups of channels, activation."""
+
+    def __init__(self, config: MapexConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm = nn.GroupNorm(out_channels // 8, out_channels)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(self.norm(self.convolution(features)))
+
+
+class MapexDenseDecoder(nn.Module):
+    """Light convolutional decoder from the tokens of all modalities to a map. Tokens are projected by modality, and
+    averaged on a common grid in metres over those modalities that are present at a place; stages of convolutions go
+    from there to the size of the output, where a convolution over the pixels themselves, averaged likewise, brings back
+    the detail that patches lose.
+    """
+
+    def __init__(self, config: MapexConfig, num_channels: int):
+        super().__init__()
+        self.config = config
+        widths = [config.dense_hidden_size >> stage for stage in range(config.dense_num_stages)]
+        last = widths[-1]
+        self.modality_projections = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_size, widths[0]) for name in config.modalities}
+        )
+        self.stages = nn.ModuleList(
+            MapexConvolution(config, before, after) for before, after in zip([widths[0], *widths], widths)
+        )
+        self.pixel_embeddings = nn.ModuleDict(
+            {
+                name: nn.Conv2d(len(spec["bands"]), last, kernel_size=3, padding=1)
+                for name, spec in config.modalities.items()
+            }
+        )
+        self.fusion = MapexConvolution(config, 2 * last, last)
+        self.output = nn.Conv2d(last, num_channels, kernel_size=1)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        layout: TokenLayout,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None = None,
+        valid_mask: dict[str, torch.BoolTensor] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
+        output_size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): The encoder's output.
+            layout (`TokenLayout`): Where they come from.
+            pixel_values, modality_mask, valid_mask, gsd: As in [`MapexModel.forward`].
+            output_size (`tuple[int, int]`, *optional*):
+                Height and width of the map. Default: those of the modality with the smallest tokens on the ground,
+                whose ground the map covers in any case.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_channels, *output_size)`
+        """
+        modalities = self.config.modalities
+        extents = ground_extent(layout, modalities, gsd)
+        reference = reference_modality(layout, modalities)
+        size = tuple(output_size or pixel_values[reference].shape[-2:])
+        projected = {name: self.modality_projections[name](tokens[:, part]) for name, part in layout.slices().items()}
+        features = fuse_tokens(projected, layout, extents, reference)  # (B, W, R, C)
+
+        rows, columns = layout.grids[reference]
+        for stage, block in enumerate(self.stages):
+            share = stage / max(len(self.stages) - 1, 1)  # 0 on the grid of tokens, 1 on the pixels of the output
+            between = (round(rows * (size[0] / rows) ** share), round(columns * (size[1] / columns) ** share))
+            if features.shape[-2:] != between:
+                features = nn.functional.interpolate(features, size=between, mode="bilinear", align_corners=False)
+            features = block(features)
+        if features.shape[-2:] != size:
+            features = nn.functional.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+        details, present = {}, {}
+        for name in layout.grids:
+            pixels = _readable_pixels(name, pixel_values, modality_mask, valid_mask)
+            embedding = self.pixel_embeddings[name]
+            details[name] = embedding(pixels.to(embedding.weight.dtype))  # (B, w, H, W)
+            there = torch.ones_like(pixels[:, :1], dtype=torch.bool)
+            if modality_mask is not None and name in modality_mask:
+                there = there & modality_mask[name].to(pixels.device)[:, None, None, None]
+            if valid_mask is not None and name in valid_mask:
+                there = there & valid_mask[name].to(pixels.device)[:, None]
+            present[name] = there
+        details = fuse_maps(details, present, extents, reference, size)
+        return self.output(self.fusion(torch.cat([features, details], dim=1)))
+
+
+class MapexDenseModel(MapexPreTrainedModel):
+    """What the models of maps share: the encoder, and the decoder from tokens to pixels."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^decoder\."]
+    _no_split_modules: ClassVar[list[str]] = ["MapexEmbeddings", "MapexLayer", "MapexDenseDecoder"]
+
+    def __init__(self, config: MapexConfig, num_channels: int):
+        super().__init__(config)
+        self.mapex = MapexModel(config)
+        self.dense_decoder = MapexDenseDecoder(config, num_channels)
+        self.post_init()
+
+    def _decode(
+        self,
+        outputs: MapexModelOutput,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None,
+        valid_mask: dict[str, torch.BoolTensor] | None,
+        gsd: dict[str, float | torch.Tensor] | None,
+        output_size: tuple[int, int] | None,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The map `(batch_size, num_channels, height, width)`, of the size of the labels if there are any."""
+        if labels is not None:
+            if labels.ndim != 3 or labels.shape[0] != outputs.last_hidden_state.shape[0]:
+                raise ValueError(
+                    f"`labels` must be of shape (batch, height, width) with {outputs.last_hidden_state.shape[0]} "
+                    f"samples, got {tuple(labels.shape)}."
+                )
+            if output_size is not None and tuple(output_size) != tuple(labels.shape[-2:]):
+                raise ValueError(f"`output_size` is {output_size}, but the labels are {tuple(labels.shape[-2:])}.")
+            output_size = labels.shape[-2:]
+        layout = token_layout(self.config.modalities, pixel_values, modality_mask, valid_mask)
+        return self.dense_decoder(
+            outputs.last_hidden_state, layout, pixel_values, modality_mask, valid_mask, gsd, output_size
+        )
+
+
+class MapexForSemanticSegmentation(MapexDenseModel):
+    """MAPEX with a convolutional decoder to a class for each pixel."""
+
+    def __init__(self, config: MapexConfig):
+        super().__init__(config, config.num_labels)
+        self.num_labels = config.num_labels
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None = None,
+        valid_mask: dict[str, torch.BoolTensor] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
+        labels: torch.LongTensor | None = None,
+        output_size: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> MapexSemanticSegmenterOutput:
+        r"""
+        Args:
+            pixel_values, modality_mask, valid_mask, gsd: As in [`MapexModel.forward`].
+            labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
+                Class of each pixel, over the ground of the modality with the smallest tokens;
+                `config.semantic_loss_ignore_index` where it does not count. The logits have their size.
+            output_size (`tuple[int, int]`, *optional*): Height and width of the logits, without labels.
+            kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
+
+        Raises:
+            ValueError: labels out of range or of another shape. Values are looked at, except in training on an
+                accelerator, where that would stall it.
+        """
+        config = self.config
+        if labels is not None and (labels.device.type == "cpu" or not self.training):
+            check_class_map(labels, self.num_labels, config.semantic_loss_ignore_index)
+        outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
+        logits = self._decode(outputs, pixel_values, modality_mask, valid_mask, gsd, output_size, labels)
+        loss = None
+        if labels is not None:
+            loss = segmentation_loss(logits, labels, config.semantic_loss_ignore_index, config.class_weights)
+        return MapexSemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            router_indices=outputs.router_indices,
+            router_weights=outputs.router_weights,
+        )
+
+
+class MapexForPixelRegression(MapexDenseModel):
+    """MAPEX with a convolutional decoder to a value for each pixel, like biomass or height."""
+
+    def __init__(self, config: MapexConfig):
+        super().__init__(config, 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None = None,
+        valid_mask: dict[str, torch.BoolTensor] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
+        labels: torch.FloatTensor | None = None,
+        output_size: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> MapexPixelRegressionOutput:
+        r"""
+        Args:
+            pixel_values, modality_mask, valid_mask, gsd: As in [`MapexModel.forward`].
+            labels (`torch.FloatTensor` of shape `(batch_size, height, width)`, *optional*):
+                Value of each pixel, NaN where it is not known. `config.label_mean` and `config.label_std` describe
+                them.
+            output_size (`tuple[int, int]`, *optional*): Height and width of the predictions, without labels.
+            kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
+
+        Raises:
+            ValueError: labels of another shape.
+        """
+        config = self.config
+        outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
+        values = self._decode(outputs, pixel_values, modality_mask, valid_mask, gsd, output_size, labels)
+        predictions = values.squeeze(1) * config.label_std + config.label_mean  # (B, H, W)
+        loss = None if labels is None else regression_loss(predictions, labels, config.label_mean, config.label_std)
+        return MapexPixelRegressionOutput(
+            loss=loss,
+            predictions=predictions,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            router_indices=outputs.router_indices,
+            router_weights=outputs.router_weights,
+        )
+
+
+class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
+    """The MAPEX encoder as a backbone: feature maps on a grid, for decoders and detectors of other libraries."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^decoder\."]
+
+    def __init__(self, config: MapexConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size for _ in config.stage_names]
+        self.mapex = MapexModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None = None,
+        valid_mask: dict[str, torch.BoolTensor] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values, modality_mask, valid_mask, gsd: As in [`MapexModel.forward`].
+            kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
+
+        Returns:
+            `BackboneOutput` whose `feature_maps` are one for each of `out_features`, after the final layer norm:
+            `(batch_size, hidden_size, rows, columns)`, the mean of the modalities that are present at a place, on the
+            grid of tokens of the modality with the smallest tokens on the ground.
+        """
+        modalities = self.config.modalities
+        outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
+        layout = token_layout(modalities, pixel_values, modality_mask, valid_mask)
+        extents, reference = ground_extent(layout, modalities, gsd), reference_modality(layout, modalities)
+        feature_maps = []
+        for stage, hidden_states in zip(self.stage_names, outputs.hidden_states):
+            if stage in self.out_features:
+                is_last = stage == self.stage_names[-1]  # normalised already, as everywhere in transformers
+                normed = hidden_states if is_last else self.mapex.layernorm(hidden_states)
+                tokens = {name: normed[:, part] for name, part in layout.slices().items()}
+                feature_maps.append(fuse_tokens(tokens, layout, extents, reference))
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 # One key per expert on disk, so that files can hold some of them; stacked in memory, so that they run as one product.
 # Registered at import, because with `trust_remote_code` nothing of ours but this file is sure to run.
 register_checkpoint_conversion_mapping(
@@ -1384,3 +1712,6 @@ MapexConfig.register_for_auto_class()
 MapexModel.register_for_auto_class("AutoModel")
 MapexForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 MapexForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MapexForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+MapexForPixelRegression.register_for_auto_class("AutoModelForDepthEstimation")
+MapexBackbone.register_for_auto_class("AutoBackbone")

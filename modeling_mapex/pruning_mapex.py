@@ -413,16 +413,17 @@ class KeptPart(NamedTuple):
         tensor[tuple(grid.to(tensor.device) for grid in grids)] = values.to(tensor).view(shape)
 
 
-MODALITY_KEY = re.compile(r"(?:^|\.)(patch_embeddings|heads)\.([A-Za-z0-9_]+)\.")
+MODALITY_KEY = re.compile(r"(?:^|\.)(patch_embeddings|pixel_embeddings|modality_projections|heads)\.([A-Za-z0-9_]+)\.")
 _MIXTURE_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(\w+)$")
 
 
 def kept_part(key: str, config, pruned) -> KeptPart | None:
     """What becomes of the tensor `key` of the source model, or `None` if it goes.
 
-    The rules, by name: patch embeddings and decoder heads of a modality go or stay with it, cut to its bands; rows of
-    modality embeddings follow the modalities; rows of router and experts follow the expert ids; a layer left with one
-    expert has no router and a plain MLP; everything else stays.
+    The rules, by name: patch and pixel embeddings and pretraining heads of a modality go or stay with it, cut to its
+    bands, and so does its projection to maps, which has no bands; rows of modality embeddings follow the modalities;
+    rows of router and experts follow the expert ids; a layer left with one expert has no router and a plain MLP;
+    everything else stays.
     """
     found = MODALITY_KEY.search(key)
     if found:
@@ -431,7 +432,9 @@ def kept_part(key: str, config, pruned) -> KeptPart | None:
             return None
         spec = config.modalities[name]
         bands = select_bands(name, spec["bands"], pruned.modalities[name]["bands"])
-        if kind == "patch_embeddings":  # weight (D, C, p, p), bias (D,)
+        if kind == "modality_projections":
+            return KeptPart(key)
+        if kind != "heads":  # embeddings: weight (D, C, p, p), bias (D,)
             weight_index = (None, _unless_all(bands, len(spec["bands"])))
             return KeptPart(key, weight_index if key.endswith(".weight") else ())
         pixels = spec["patch_size"] ** 2  # head: (C * P, ...)

@@ -224,3 +224,24 @@ def test_the_epoch_of_a_sample_counts(processor, samples):
     collator = MapexCollator(processor, crop_size=12, flip=True)
     first, again, later = (collator([{**samples[0], "epoch": epoch}])["pixel_values"]["s2"] for epoch in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+class TestLabelValues:
+    def test_codes_become_classes(self, processor, samples):
+        """-1 does not count, dry and wet change places."""
+        collate = MapexCollator(processor, label="flood", label_codes={-1: None, 0: 1, 1: 0}, ignore_index=9)
+        labels = collate(samples[:3])["labels"]
+        stored = torch.as_tensor(np.stack([sample["labels"]["flood"] for sample in samples[:3]])).long()
+        assert torch.equal(labels, torch.where(stored == -1, 9, 1 - stored))
+
+    def test_unknown_code(self, processor, samples):
+        collate = MapexCollator(processor, label="flood", label_codes={0: 0, 1: 1})
+        with pytest.raises(ValueError, match=r"chip-0. holds \[-1\]"):
+            collate(samples[:3])
+
+    def test_nodata_becomes_nan(self, processor, samples):
+        stored = np.stack([sample["labels"]["biomass"] for sample in samples[:2]])
+        labels = MapexCollator(processor, label="biomass", label_nodata=float(stored[1, 3, 4]))(samples[:2])["labels"]
+        assert labels.dtype == torch.float32
+        assert torch.isnan(labels).nonzero().tolist() == [[1, 3, 4]]
+        assert np.array_equal(np.delete(labels.numpy(), 24 * 24 + 3 * 24 + 4), np.delete(stored, 24 * 24 + 3 * 24 + 4))

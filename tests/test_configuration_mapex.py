@@ -121,6 +121,9 @@ def test_auto_map_is_complete():
         "AutoModel",
         "AutoModelForPreTraining",
         "AutoModelForImageClassification",
+        "AutoModelForSemanticSegmentation",
+        "AutoModelForDepthEstimation",
+        "AutoBackbone",
     }
 
 

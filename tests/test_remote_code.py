@@ -10,13 +10,19 @@ from conftest import randomize, tiny_config, tiny_inputs
 from interpreters import run_python
 from safetensors.torch import load_file, save_file
 
-from modeling_mapex import MapexForImageClassification, MapexForPreTraining
+from modeling_mapex import (
+    MapexForImageClassification,
+    MapexForPixelRegression,
+    MapexForPreTraining,
+    MapexForSemanticSegmentation,
+)
 
 
 PRELUDE = """
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
 
 pixel_values = load_file("inputs.safetensors")
 
@@ -138,3 +144,28 @@ def test_classifier(tmp_path):
         tmp_path,
     )
     assert output.strip() == "{0: 'water', 1: 'land'}"
+
+
+@pytest.mark.parametrize(
+    "model_class, auto",
+    [(MapexForSemanticSegmentation, "SemanticSegmentation"), (MapexForPixelRegression, "DepthEstimation")],
+)
+def test_maps(model_class, auto, tmp_path):
+    model = randomize(model_class(tiny_config(num_labels=3)))
+    model.calibrate_experts([{"pixel_values": tiny_inputs()}])
+    pixel_values = tiny_inputs(["radar"])
+    small = model.prune_for_modalities(["radar"], coverage=0.5).build()
+    small.save_pretrained(tmp_path / "small")
+    save_file(pixel_values, tmp_path / "inputs.safetensors")
+    with torch.no_grad():
+        save_file({"map": small(pixel_values)[0].contiguous()}, tmp_path / "map.safetensors")
+    run_without_package(
+        f"""
+        model = AutoModelFor{auto}.from_pretrained("small", trust_remote_code=True).eval()
+        assert model.config._experts_implementation == "grouped_mm"
+        with torch.no_grad():
+            difference = (model(pixel_values)[0] - load_file("map.safetensors")["map"]).abs().max()
+        assert difference < 1e-4, difference
+        """,
+        tmp_path,
+    )

@@ -1,0 +1,157 @@
+"""From tokens and pixels of several sensors to one map: where each sensor lies on a common grid in metres, and the
+losses of maps. Pure functions of tensors.
+"""
+
+import torch
+from torch import nn
+
+from .tokens_mapex import TokenLayout
+
+
+def ground_extent(
+    layout: TokenLayout,
+    modalities: dict[str, dict],
+    gsd: dict[str, float | torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Metres that each modality of the batch spans down and right of the common upper left corner.
+
+    Args are those of [`token_positions`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: Modality to `(1, 2)`, or `(batch_size, 2)` where each sample has a resolution.
+    """
+    device = layout.modality_ids.device
+    extents = {}
+    for name, grid in layout.grids.items():
+        resolution = (gsd or {}).get(name, modalities[name]["gsd"])
+        resolution = torch.as_tensor(resolution, dtype=torch.float32, device=device).view(-1, 1)  # (B or 1, 1)
+        pixels = torch.tensor(grid, dtype=torch.float32, device=device) * modalities[name]["patch_size"]  # (2,)
+        extents[name] = pixels * resolution
+    return extents
+
+
+def reference_modality(layout: TokenLayout, modalities: dict[str, dict]) -> str:
+    """The modality whose grid of tokens is the common one: that with the smallest tokens on the ground by the
+    configuration, of equals that with the smallest pixels, of equals again the first.
+    """
+
+    def metres(name: str) -> tuple[float, float]:
+        spec = modalities[name]
+        return spec["patch_size"] * spec["gsd"], spec["gsd"]
+
+    return min(layout.grids, key=metres)
+
+
+def fuse_maps(
+    maps: dict[str, torch.Tensor],
+    present: dict[str, torch.Tensor],
+    extents: dict[str, torch.Tensor],
+    reference: str,
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """The mean, at each place of a grid over the ground of `reference`, of the modalities that are present there.
+
+    Args:
+        maps (`dict[str, torch.Tensor]`): Modality to features `(batch_size, channels, rows, columns)`.
+        present (`dict[str, torch.Tensor]`): Modality to `(batch_size, 1, rows, columns)`, 1 or 0.
+        extents (`dict[str, torch.Tensor]`): From [`ground_extent`].
+        reference (`str`): Modality whose ground the result covers.
+        size (`tuple[int, int]`): Rows and columns of the result.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, channels, *size)`; zero where no modality is present.
+    """
+    total, weight = 0.0, 0.0
+    for name, features in maps.items():
+        there = present[name].to(features.dtype)
+        ratio = extents[reference] / extents[name]  # (B or 1, 2), down and right
+        values = _resample(torch.cat([features * there, there], dim=1), ratio, size, name == reference)
+        total, weight = total + values[:, :-1], weight + values[:, -1:]
+    return total / weight.clamp_min(1e-6)
+
+
+def fuse_tokens(
+    tokens: dict[str, torch.Tensor], layout: TokenLayout, extents: dict[str, torch.Tensor], reference: str
+) -> torch.Tensor:
+    """As [`fuse_maps`] on the grid of tokens of `reference`, for tokens `(batch_size, rows * columns, channels)` of
+    each modality of `layout`.
+    """
+    maps, present = {}, {}
+    for name, part in layout.slices().items():
+        values = tokens[name].transpose(1, 2)  # (B, C, N)
+        maps[name] = values.unflatten(2, layout.grids[name])
+        mask = torch.ones_like(values[:, :1], dtype=torch.bool)
+        if layout.token_mask is not None:
+            mask = layout.token_mask[:, None, part]
+        present[name] = mask.unflatten(2, layout.grids[name])
+    return fuse_maps(maps, present, extents, reference, layout.grids[reference])
+
+
+def _resample(values: torch.Tensor, ratio: torch.Tensor, size: tuple[int, int], is_reference: bool) -> torch.Tensor:
+    """`values` at the cell centres of a grid of `size` that spans `ratio` times their ground; zero beyond it."""
+    if is_reference:
+        if values.shape[2:] == size:
+            return values
+        return nn.functional.interpolate(values, size=size, mode="bilinear", align_corners=False)
+    # Coordinates of grid_sample run from -1 to 1 over the ground of `values`.
+    ratio = ratio.to(values.dtype).expand(values.shape[0], -1)  # (B, 2)
+    zero = torch.zeros_like(ratio[:, 0])
+    rows = torch.stack([ratio[:, 1], zero, ratio[:, 1] - 1.0, zero, ratio[:, 0], ratio[:, 0] - 1.0], dim=1)
+    grid = nn.functional.affine_grid(rows.view(-1, 2, 3), [values.shape[0], 1, *size], align_corners=False)
+    sampled = nn.functional.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    inside = (grid.abs() <= 1.0 + 1e-4).all(dim=-1)  # rounding at the edge
+    return sampled * inside[:, None]
+
+
+def check_class_map(labels: torch.Tensor, num_labels: int, ignore_index: int) -> None:
+    """Raise `ValueError` for labels that are no classes of a map. Not looked for in a compiled graph."""
+    if labels.ndim != 3 or labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must be whole numbers of shape (batch, height, width), got {labels.dtype} {tuple(labels.shape)}."
+        )
+    if torch.compiler.is_compiling():
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_labels))
+    if wrong.any():
+        raise ValueError(
+            f"`labels` hold {labels[wrong].unique().tolist()[:10]}, but the classes are 0 .. {num_labels - 1}, and "
+            f"{ignore_index} is ignored (`semantic_loss_ignore_index`). Map the codes of your data to these, or set "
+            "`num_labels`."
+        )
+
+
+def segmentation_loss(
+    logits: torch.Tensor, labels: torch.LongTensor, ignore_index: int, class_weights: list[float] | None = None
+) -> torch.Tensor:
+    """Cross-entropy over the pixels of a batch that count, weighted by class. Zero, with a gradient of zero, if none
+    does: torch's own mean would be NaN.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`)
+        labels (`torch.LongTensor` of shape `(batch_size, height, width)`)
+        ignore_index (`int`): Label of pixels that do not count.
+        class_weights (`list[float]`, *optional*): One a class.
+    """
+    weights = torch.ones(logits.shape[1], device=logits.device)
+    if class_weights is not None:
+        weights = torch.tensor(class_weights, dtype=torch.float32, device=logits.device)
+    total = nn.functional.cross_entropy(
+        logits.float(), labels, weight=weights, ignore_index=ignore_index, reduction="sum"
+    )
+    counted = labels != ignore_index
+    share = (weights[labels.masked_fill(~counted, 0)] * counted).sum()
+    return total / torch.where(share > 0, share, torch.ones_like(share))
+
+
+def regression_loss(predictions: torch.Tensor, labels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Mean square error in standard deviations over the pixels that have a value; NaN marks those that have none. Zero,
+    with a gradient of zero, if none has.
+
+    Args:
+        predictions (`torch.Tensor` of shape `(batch_size, height, width)`): In units of the labels.
+        labels (`torch.Tensor` of the same shape)
+        mean, std (`float`): Of the labels.
+    """
+    known = ~torch.isnan(labels)
+    error = torch.where(known, (predictions.float() - torch.where(known, labels, mean)) / std, 0.0)
+    return error.square().sum() / known.sum().clamp_min(1)

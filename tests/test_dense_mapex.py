@@ -1,0 +1,277 @@
+"""Maps: sensors of any resolution meet on one ground, what is absent does not count, losses ignore what they should."""
+
+import copy
+
+import pytest
+import torch
+from conftest import MODALITIES, randomize, subsets, tiny_config, tiny_inputs
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoBackbone, AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
+
+from modeling_mapex import MapexBackbone, MapexForPixelRegression, MapexForPreTraining, MapexForSemanticSegmentation
+from modeling_mapex.dense_mapex import fuse_maps, ground_extent, reference_modality, regression_loss, segmentation_loss
+from modeling_mapex.tokens_mapex import token_layout
+
+
+ERRORS = (ValueError, StrictDataclassClassValidationError)
+HEADS = [MapexForSemanticSegmentation, MapexForPixelRegression]
+SAME_GROUND = {"radar": (16, 16), "optical": (16, 16), "height": (8, 8)}  # pixels of 10, 10 and 20 m
+
+
+def tiny_model(model_class=MapexForSemanticSegmentation, **overrides):
+    return randomize(model_class(tiny_config(num_labels=3, **overrides)))
+
+
+def inputs(names=("radar", "optical", "height"), batch_size=3):
+    return {name: torch.randn(batch_size, len(MODALITIES[name]["bands"]), *SAME_GROUND[name]) for name in names}
+
+
+@torch.no_grad()
+def predict(model, *args, **kwargs):
+    outputs = model(*args, **kwargs)
+    return outputs.logits if "logits" in outputs else outputs.predictions
+
+
+def coordinates(rows: int, columns: int, metres: float) -> torch.Tensor:
+    """A map `(1, 2, rows, columns)` of where the centres of its cells lie, in metres."""
+    down = (torch.arange(rows) + 0.5) * metres
+    right = (torch.arange(columns) + 0.5) * metres
+    return torch.stack(torch.meshgrid(down, right, indexing="ij"))[None]
+
+
+class TestFusion:
+    @pytest.mark.parametrize("metres, cells", [(20.0, 8), (7.5, 40), (50.0, 6)])
+    def test_places_agree_in_metres(self, metres, cells):
+        """A map of coordinates, resampled onto another grid, holds the coordinates of that grid."""
+        maps = {"fine": torch.zeros(1, 2, 12, 12), "other": coordinates(cells, cells, metres)}
+        present = {"fine": torch.zeros(1, 1, 12, 12), "other": torch.ones(1, 1, cells, cells)}
+        extents = {"fine": torch.tensor([[120.0, 120.0]]), "other": torch.tensor([[cells * metres] * 2])}
+        fused = fuse_maps(maps, present, extents, "fine", (12, 12))
+        expected = coordinates(12, 12, 10.0)
+        inside = (expected > metres / 2).all(1) & (expected < cells * metres - metres / 2).all(1)
+        assert inside.sum() > 40
+        torch.testing.assert_close(fused[0][:, inside[0]], expected[0][:, inside[0]], rtol=1e-4, atol=1e-2)
+
+    def test_beyond_a_smaller_image_only_the_others_count(self):
+        maps = {"fine": torch.full((1, 1, 8, 8), 1.0), "small": torch.full((1, 1, 2, 2), 3.0)}
+        present = {name: torch.ones_like(values) for name, values in maps.items()}
+        extents = {"fine": torch.tensor([[80.0, 80.0]]), "small": torch.tensor([[40.0, 40.0]])}
+        fused = fuse_maps(maps, present, extents, "fine", (8, 8))[0, 0]
+        expected = torch.ones(8, 8)
+        expected[:4, :4] = 2.0
+        torch.testing.assert_close(fused, expected)
+
+    def test_resolution_of_each_sample(self):
+        """Sample by sample what the batch gives together."""
+        config = tiny_config()
+        pixels = {"radar": torch.randn(2, 2, 16, 16), "height": torch.randn(2, 1, 8, 8)}
+        gsd = {"height": torch.tensor([20.0, 26.0])}
+        model = tiny_model()
+        together = predict(model, pixels, gsd=gsd)
+        for sample in range(2):
+            single = {name: values[sample : sample + 1] for name, values in pixels.items()}
+            alone = predict(model, single, gsd={"height": gsd["height"][sample : sample + 1]})
+            torch.testing.assert_close(together[sample : sample + 1], alone, rtol=1e-4, atol=1e-4)
+        layout = token_layout(config.modalities, pixels)
+        assert ground_extent(layout, config.modalities, gsd)["height"].tolist() == [[160.0, 160.0], [208.0, 208.0]]
+        assert reference_modality(layout, config.modalities) == "radar"  # of equals the first
+
+
+class TestMaps:
+    @pytest.mark.parametrize("model_class", HEADS)
+    @pytest.mark.parametrize("names", subsets(MODALITIES), ids="+".join)
+    def test_any_subset_at_the_size_of_the_labels(self, model_class, names):
+        model = tiny_model(model_class)
+        for size in ((16, 16), (30, 22)):
+            labels = torch.randint(0, 3, (3, *size)) if model_class is HEADS[0] else torch.randn(3, *size)
+            outputs = model(inputs(names), labels=labels)
+            outputs.loss.backward()
+            result = outputs.logits if model_class is HEADS[0] else outputs.predictions
+            assert result.shape[0] == 3 and result.shape[-2:] == size
+            assert torch.isfinite(outputs.loss)
+
+    @pytest.mark.parametrize("model_class", HEADS)
+    def test_absent_equals_left_out(self, model_class):
+        model, pixels = tiny_model(model_class), inputs()
+        pixels["optical"][1] = torch.nan
+        masked = predict(model, pixels, modality_mask={"optical": torch.tensor([True, False, True])})
+        without = {name: values[1:2] for name, values in pixels.items() if name != "optical"}
+        left_out = predict(model, without, output_size=(16, 16))
+        torch.testing.assert_close(masked[1:2], left_out, rtol=1e-4, atol=1e-4)
+
+    def test_invalid_pixels_are_not_read(self):
+        model, pixels = tiny_model(), inputs(["radar", "optical"])
+        valid = torch.ones(3, 16, 16, dtype=torch.bool)
+        valid[:, 3:7, 2:9] = False
+        one = predict(model, pixels, valid_mask={"radar": valid})
+        pixels["radar"] = torch.where(valid[:, None], pixels["radar"], torch.nan)
+        torch.testing.assert_close(predict(model, pixels, valid_mask={"radar": valid}), one)
+
+    def test_what_else_is_in_the_batch_does_not_matter(self):
+        model, pixels = tiny_model(), inputs(batch_size=4)
+        together = predict(model, pixels)
+        alone = predict(model, {name: values[2:3] for name, values in pixels.items()})
+        torch.testing.assert_close(together[2:3], alone, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("model_class", HEADS)
+    def test_learns_what_pixels_show(self, model_class):
+        """A map that only single pixels can tell: patches of 4 x 4 alone could not draw it."""
+        model = tiny_model(model_class, initializer_range=0.02).train()
+        pixels = inputs(["radar"])
+        labels = (pixels["radar"][:, 0] > 0).long() if model_class is HEADS[0] else pixels["radar"][:, 0].clone()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(60):
+            loss = model(pixels, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < 0.35 * losses[0]
+
+    def test_compiled_and_half_precision(self):
+        model, pixels = tiny_model(initializer_range=0.02), inputs()
+        expected = predict(model, pixels)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(predict(compiled, pixels), expected, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(pixels, labels=torch.randint(0, 3, (3, 16, 16)))
+            outputs.loss.backward()
+        assert (outputs.logits.float() - expected).norm() < 0.1 * expected.norm()
+
+
+class TestLabels:
+    def test_segmentation_loss_is_that_of_torch(self):
+        logits, labels = torch.randn(2, 3, 5, 5), torch.randint(0, 3, (2, 5, 5))
+        labels[0, :2] = 255
+        weights = [0.5, 2.0, 1.0]
+        expected = torch.nn.functional.cross_entropy(logits, labels, torch.tensor(weights), ignore_index=255)
+        torch.testing.assert_close(segmentation_loss(logits, labels, 255, weights), expected)
+
+    @pytest.mark.parametrize("model_class", HEADS)
+    def test_nothing_labelled_teaches_nothing(self, model_class):
+        model = tiny_model(model_class)
+        labels = torch.full((3, 16, 16), 255) if model_class is HEADS[0] else torch.full((3, 16, 16), torch.nan)
+        loss = model(inputs(), labels=labels).loss
+        loss.backward()
+        assert loss.item() == 0.0
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+    def test_values_without_data_do_not_count(self):
+        predictions, labels = torch.randn(2, 4, 4, requires_grad=True), torch.randn(2, 4, 4)
+        labels[0] = torch.nan
+        loss = regression_loss(predictions, labels, 10.0, 2.0)
+        loss.backward()
+        torch.testing.assert_close(loss, ((predictions[1] - labels[1]) / 2.0).square().mean())
+        assert not predictions.grad[0].any() and predictions.grad[1].all()
+
+    def test_predictions_are_in_the_unit_of_the_labels(self):
+        model, pixels = tiny_model(MapexForPixelRegression), inputs()
+        plain = predict(model, pixels)
+        model.config.label_mean, model.config.label_std = 100.0, 5.0
+        torch.testing.assert_close(predict(model, pixels), plain * 5.0 + 100.0)
+
+    @pytest.mark.parametrize(
+        "labels, words",
+        [
+            (torch.full((3, 16, 16), 7), "0 .. 2"),
+            (torch.full((3, 16, 16), -1), "0 .. 2"),
+            (torch.zeros(3, 16, 16), "whole numbers"),
+            (torch.zeros(3, 16, dtype=torch.long), "height, width"),
+            (torch.zeros(2, 16, 16, dtype=torch.long), "3 samples"),
+        ],
+    )
+    def test_wrong_labels(self, labels, words):
+        with pytest.raises(ValueError, match=words):
+            tiny_model()(inputs(), labels=labels)
+
+    @pytest.mark.parametrize(
+        "fields, words",
+        [
+            ({"class_weights": [1.0]}, "class_weights"),
+            ({"dense_hidden_size": 20}, "dense_hidden_size"),
+            ({"label_std": 0.0}, "label_std"),
+        ],
+    )
+    def test_wrong_configurations(self, fields, words):
+        with pytest.raises(ERRORS, match=words):
+            tiny_config(num_labels=3, **fields)
+
+
+class TestPruning:
+    @pytest.mark.parametrize("model_class", HEADS)
+    def test_equals_the_full_model_with_experts_masked(self, model_class):
+        model = tiny_model(model_class)
+        model.calibrate_experts([{"pixel_values": inputs()}])
+        pruned = model.prune_for_modalities(["radar", "height"], experts_per_layer=2)
+        pixels = inputs(["radar", "height"])
+        mask = [torch.tensor([expert in kept for expert in range(4)]) for kept in pruned.config.expert_ids]
+        small = pruned.build()
+        torch.testing.assert_close(
+            predict(small, pixels), predict(model, pixels, expert_mask=mask), rtol=1e-4, atol=1e-4
+        )
+        assert not [name for name in pruned.state_dict if "optical" in name]
+
+    def test_bands(self):
+        """With the other bands at zero, which the processor makes of their mean, nothing changes."""
+        model = tiny_model()
+        model.calibrate_experts([{"pixel_values": inputs()}])
+        small = model.prune_for_modalities({"optical": ["nir", "red"]}, coverage=1.0).build()
+        pixels = torch.randn(2, 2, 16, 16)
+        whole = torch.zeros(2, 4, 16, 16)
+        whole[:, 3], whole[:, 2] = pixels[:, 0], pixels[:, 1]
+        torch.testing.assert_close(
+            predict(small, {"optical": pixels}), predict(model, {"optical": whole}), rtol=1e-4, atol=1e-4
+        )
+
+    @pytest.mark.parametrize(
+        "model_class, auto",
+        [(HEADS[0], AutoModelForSemanticSegmentation), (HEADS[1], AutoModelForDepthEstimation)],
+    )
+    def test_saved_whole_and_loaded_in_part(self, model_class, auto, tmp_path):
+        model = tiny_model(model_class)
+        model.calibrate_experts([{"pixel_values": inputs()}])
+        model.save_pretrained(tmp_path, shard_by_modality=True)
+        pixels = inputs(["radar"])
+        expected = model.prune_for_modalities(["radar"]).build()
+        loaded = auto.from_pretrained(tmp_path, modalities=["radar"])
+        assert type(loaded) is model_class
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        torch.testing.assert_close(predict(loaded, pixels), predict(expected, pixels))
+
+    def test_head_on_a_pretrained_encoder(self, tmp_path):
+        source = randomize(MapexForPreTraining(tiny_config()))
+        source.save_pretrained(tmp_path)
+        model = MapexForSemanticSegmentation.from_pretrained(tmp_path, num_labels=5)
+        for name, tensor in source.mapex.state_dict().items():
+            assert torch.equal(model.mapex.state_dict()[name], tensor)
+        assert predict(model, inputs(["radar"])).shape == (3, 5, 16, 16)
+
+
+class TestBackbone:
+    def test_one_modality_is_its_grid_of_tokens(self):
+        model = randomize(MapexBackbone(tiny_config(out_features=["stem", "stage2", "stage4"])))
+        pixels = tiny_inputs(["optical"])
+        with torch.no_grad():
+            outputs = model(pixels)
+            tokens = model.mapex(pixels).last_hidden_state
+        assert [features.shape for features in outputs.feature_maps] == [(3, 32, 4, 6)] * 3
+        torch.testing.assert_close(outputs.feature_maps[-1].flatten(2).transpose(1, 2), tokens)
+        assert model.channels == [32, 32, 32] and outputs.hidden_states is None
+
+    def test_the_same_stage_by_index_and_from_a_pruned_checkpoint(self, tmp_path):
+        source = randomize(MapexForPreTraining(tiny_config()))
+        source.calibrate_experts([{"pixel_values": inputs()}])
+        source.save_pretrained(tmp_path)
+        model = MapexBackbone.from_pretrained(tmp_path, modalities=["radar"], out_indices=[2, 4])
+        assert model.out_features == ["stage2", "stage4"]
+        with torch.no_grad():
+            feature_maps = model(inputs(["radar"])).feature_maps
+        assert [features.shape for features in feature_maps] == [(3, 32, 4, 4)] * 2
+        config = copy.deepcopy(model.config)
+        assert type(AutoBackbone.from_config(config)) is MapexBackbone
+
+    def test_unknown_stage(self):
+        with pytest.raises(ValueError, match="stage_names"):
+            tiny_config(out_features=["stage9"])
