@@ -76,8 +76,8 @@ save_file(expected, "expected.safetensors")
 CHECK = """
 import os, sys, torch
 from safetensors.torch import load_file
-from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
-                          AutoModelForPreTraining)
+from transformers import (AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+                          AutoModelForPreTraining, AutoModelForSemanticSegmentation)
 
 expected = load_file(os.environ.get("EXPECTED", "expected.safetensors"))
 CODE = {"trust_remote_code": True}
@@ -132,6 +132,12 @@ for name in ("full", "grouped", "pruned", "tuned", "tuned-plain", "tuned-again")
     assert "s1" in processor.modalities and ("s2" in processor.modalities) == (name in ("full", "grouped"))
     assert processor({"s1": torch.full((2, 32, 32), -12.0)})["pixel_values"]["s1"].shape == (1, 2, 32, 32)
 same(AutoModel.from_pretrained("me/grouped", modalities=["s1"], **CODE), "pruned")
+backbone = AutoBackbone.from_pretrained("me/grouped", modalities=["s1"], out_features=["stage1", "stage4"], **CODE)
+same(backbone, "pruned")
+with torch.no_grad():
+    maps = backbone({"s1": expected["pixels"]}).feature_maps
+assert len(maps) == 2 and (maps[1].flatten(2).transpose(1, 2) - expected["pruned"]).abs().max() < 1e-5
+same(AutoModelForSemanticSegmentation.from_pretrained("me/grouped", modalities=["s1"], **CODE), "pruned")
 tuned = AutoModelForImageClassification.from_pretrained("me/tuned", **CODE)
 assert tuned.config.num_labels == 3 and not tuned.training
 
