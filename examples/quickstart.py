@@ -86,9 +86,11 @@ def read_patch(folder: Path, bands: list[str], size: int = PATCH_PIXELS) -> np.n
 
 @torch.no_grad()
 def reconstruction_error(model: MapexForPreTraining, pixel_values: dict[str, torch.Tensor]) -> float:
-    """Mean over 16 fixed masks of the squared error, in units of the variance that pretraining saw."""
-    generator = torch.Generator().manual_seed(1)
-    return statistics.mean(model(pixel_values, generator=generator).reconstruction_loss.item() for _ in range(16))
+    """Mean over 16 fixed masks of the squared error, in units of the variance that pretraining saw. A generator draws
+    for the tokens first: a new one for each mask hides the same from models of different modalities.
+    """
+    masks = (torch.Generator().manual_seed(seed) for seed in range(16))
+    return statistics.mean(model(pixel_values, generator=mask).reconstruction_loss.item() for mask in masks)
 
 
 @torch.no_grad()

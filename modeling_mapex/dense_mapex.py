@@ -1,5 +1,5 @@
-"""From tokens and pixels of several sensors to one map: where each sensor lies on a common grid in metres, and the
-losses of maps. Pure functions of tensors.
+"""From tokens and pixels of several sensors to one map: where each sensor lies on a common grid in metres. Pure
+functions of tensors.
 """
 
 import torch
@@ -101,57 +101,3 @@ def _resample(values: torch.Tensor, ratio: torch.Tensor, size: tuple[int, int], 
     sampled = nn.functional.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
     inside = (grid.abs() <= 1.0 + 1e-4).all(dim=-1)  # rounding at the edge
     return sampled * inside[:, None]
-
-
-def check_class_map(labels: torch.Tensor, num_labels: int, ignore_index: int) -> None:
-    """Raise `ValueError` for labels that are no classes of a map. Not looked for in a compiled graph."""
-    if labels.ndim != 3 or labels.is_floating_point():
-        raise ValueError(
-            f"`labels` must be whole numbers of shape (batch, height, width), got {labels.dtype} {tuple(labels.shape)}."
-        )
-    if torch.compiler.is_compiling():
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= num_labels))
-    if wrong.any():
-        raise ValueError(
-            f"`labels` hold {labels[wrong].unique().tolist()[:10]}, but the classes are 0 .. {num_labels - 1}, and "
-            f"{ignore_index} is ignored (`semantic_loss_ignore_index`). Map the codes of your data to these, or set "
-            "`num_labels`."
-        )
-
-
-def segmentation_loss(
-    logits: torch.Tensor, labels: torch.LongTensor, ignore_index: int, class_weights: list[float] | None = None
-) -> torch.Tensor:
-    """Cross-entropy over the pixels of a batch that count, weighted by class. Zero, with a gradient of zero, if none
-    does: torch's own mean would be NaN.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`)
-        labels (`torch.LongTensor` of shape `(batch_size, height, width)`)
-        ignore_index (`int`): Label of pixels that do not count.
-        class_weights (`list[float]`, *optional*): One a class.
-    """
-    weights = torch.ones(logits.shape[1], device=logits.device)
-    if class_weights is not None:
-        weights = torch.tensor(class_weights, dtype=torch.float32, device=logits.device)
-    total = nn.functional.cross_entropy(
-        logits.float(), labels, weight=weights, ignore_index=ignore_index, reduction="sum"
-    )
-    counted = labels != ignore_index
-    share = (weights[labels.masked_fill(~counted, 0)] * counted).sum()
-    return total / torch.where(share > 0, share, torch.ones_like(share))
-
-
-def regression_loss(predictions: torch.Tensor, labels: torch.Tensor, mean: float, std: float) -> torch.Tensor:
-    """Mean square error in standard deviations over the pixels that have a value; NaN marks those that have none. Zero,
-    with a gradient of zero, if none has.
-
-    Args:
-        predictions (`torch.Tensor` of shape `(batch_size, height, width)`): In units of the labels.
-        labels (`torch.Tensor` of the same shape)
-        mean, std (`float`): Of the labels.
-    """
-    known = ~torch.isnan(labels)
-    error = torch.where(known, (predictions.float() - torch.where(known, labels, mean)) / std, 0.0)
-    return error.square().sum() / known.sum().clamp_min(1)

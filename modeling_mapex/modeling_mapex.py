@@ -35,15 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 from .calibration_mapex import ExpertRecorder
 from .checkpoint_mapex import Repository, group_by_modality, open_pruned, staged, upload_checkpoint
 from .configuration_mapex import AUTO_MAP, MapexConfig
-from .dense_mapex import (
-    check_class_map,
-    fuse_maps,
-    fuse_tokens,
-    ground_extent,
-    reference_modality,
-    regression_loss,
-    segmentation_loss,
-)
+from .dense_mapex import fuse_maps, fuse_tokens, ground_extent, reference_modality
 from .losses_mapex import (
     PretrainingSums,
     masked_squared_error,
@@ -62,6 +54,7 @@ from .masking_mapex import (
     sample_visible_tokens,
 )
 from .pruning_mapex import PrunedCheckpoint, plan_pruning, prune
+from .task_losses_mapex import check_class_labels, check_class_map, regression_loss, segmentation_loss
 from .tokens_mapex import TokenLayout, check_inputs, sincos_embedding, token_layout, token_positions
 
 
@@ -1403,14 +1396,26 @@ class MapexForImageClassification(MapexPreTrainedModel):
                 Class indices (`"single_label_classification"`), 0 and 1 per class (`"multi_label_classification"`), or
                 values (`"regression"`).
             kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
+
+        Raises:
+            ValueError: labels of another shape, out of range or not finite (their values are not looked at in training
+                on an accelerator), or `class_weights` for another problem than that of one label.
         """
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         logits = self.classifier(outputs.pooler_output)  # (B, num_labels)
         loss = None
         if labels is not None:
-            if self.config.problem_type in ("multi_label_classification", "regression"):
+            config = self.config
+            if labels.device.type == "cpu" or not self.training:
+                check_class_labels(labels, logits, config.problem_type)
+            if config.problem_type in ("multi_label_classification", "regression"):
                 labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels, logits, self.config)
+            loss = self.loss_function(labels, logits, config)
+            if config.class_weights is not None:
+                if config.problem_type != "single_label_classification":  # the loss function has chosen by now
+                    raise ValueError(f"`class_weights` weigh one label of each sample, not a {config.problem_type}.")
+                weights = torch.tensor(config.class_weights, dtype=torch.float32, device=logits.device)
+                loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), weight=weights)
         return MapexImageClassifierOutput(
             loss=loss,
             logits=logits,

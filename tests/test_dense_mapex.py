@@ -1,19 +1,17 @@
-"""Maps: sensors of any resolution meet on one ground, what is absent does not count, losses ignore what they should."""
+"""Maps: sensors of any resolution meet on one ground, what is absent does not count, and all prune."""
 
 import copy
 
 import pytest
 import torch
 from conftest import MODALITIES, randomize, subsets, tiny_config, tiny_inputs
-from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoBackbone, AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
 
 from modeling_mapex import MapexBackbone, MapexForPixelRegression, MapexForPreTraining, MapexForSemanticSegmentation
-from modeling_mapex.dense_mapex import fuse_maps, ground_extent, reference_modality, regression_loss, segmentation_loss
+from modeling_mapex.dense_mapex import fuse_maps, ground_extent, reference_modality
 from modeling_mapex.tokens_mapex import token_layout
 
 
-ERRORS = (ValueError, StrictDataclassClassValidationError)
 HEADS = [MapexForSemanticSegmentation, MapexForPixelRegression]
 SAME_GROUND = {"radar": (16, 16), "optical": (16, 16), "height": (8, 8)}  # pixels of 10, 10 and 20 m
 
@@ -138,64 +136,6 @@ class TestMaps:
             outputs = model(pixels, labels=torch.randint(0, 3, (3, 16, 16)))
             outputs.loss.backward()
         assert (outputs.logits.float() - expected).norm() < 0.1 * expected.norm()
-
-
-class TestLabels:
-    def test_segmentation_loss_is_that_of_torch(self):
-        logits, labels = torch.randn(2, 3, 5, 5), torch.randint(0, 3, (2, 5, 5))
-        labels[0, :2] = 255
-        weights = [0.5, 2.0, 1.0]
-        expected = torch.nn.functional.cross_entropy(logits, labels, torch.tensor(weights), ignore_index=255)
-        torch.testing.assert_close(segmentation_loss(logits, labels, 255, weights), expected)
-
-    @pytest.mark.parametrize("model_class", HEADS)
-    def test_nothing_labelled_teaches_nothing(self, model_class):
-        model = tiny_model(model_class)
-        labels = torch.full((3, 16, 16), 255) if model_class is HEADS[0] else torch.full((3, 16, 16), torch.nan)
-        loss = model(inputs(), labels=labels).loss
-        loss.backward()
-        assert loss.item() == 0.0
-        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
-
-    def test_values_without_data_do_not_count(self):
-        predictions, labels = torch.randn(2, 4, 4, requires_grad=True), torch.randn(2, 4, 4)
-        labels[0] = torch.nan
-        loss = regression_loss(predictions, labels, 10.0, 2.0)
-        loss.backward()
-        torch.testing.assert_close(loss, ((predictions[1] - labels[1]) / 2.0).square().mean())
-        assert not predictions.grad[0].any() and predictions.grad[1].all()
-
-    def test_predictions_are_in_the_unit_of_the_labels(self):
-        model, pixels = tiny_model(MapexForPixelRegression), inputs()
-        plain = predict(model, pixels)
-        model.config.label_mean, model.config.label_std = 100.0, 5.0
-        torch.testing.assert_close(predict(model, pixels), plain * 5.0 + 100.0)
-
-    @pytest.mark.parametrize(
-        "labels, words",
-        [
-            (torch.full((3, 16, 16), 7), "0 .. 2"),
-            (torch.full((3, 16, 16), -1), "0 .. 2"),
-            (torch.zeros(3, 16, 16), "whole numbers"),
-            (torch.zeros(3, 16, dtype=torch.long), "height, width"),
-            (torch.zeros(2, 16, 16, dtype=torch.long), "3 samples"),
-        ],
-    )
-    def test_wrong_labels(self, labels, words):
-        with pytest.raises(ValueError, match=words):
-            tiny_model()(inputs(), labels=labels)
-
-    @pytest.mark.parametrize(
-        "fields, words",
-        [
-            ({"class_weights": [1.0]}, "class_weights"),
-            ({"dense_hidden_size": 20}, "dense_hidden_size"),
-            ({"label_std": 0.0}, "label_std"),
-        ],
-    )
-    def test_wrong_configurations(self, fields, words):
-        with pytest.raises(ERRORS, match=words):
-            tiny_config(num_labels=3, **fields)
 
 
 class TestPruning:
