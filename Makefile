@@ -11,14 +11,14 @@ help:
 	@echo "make quickstart   load the pretrained mapex-nano, prune it for Sentinel-1, predict on real patches, draw"
 	@echo "make test         run the tests but the slow ones;  make test-slow: those, of several processes"
 	@echo "make lint         check style;    make format: mend it"
-	@echo "make benchmark    speed side by side: transformers' ViT, reading shards, loading pruned, pretraining"
+	@echo "make benchmark    speed side by side: transformers' ViT, reading shards, loading pruned, training"
 	@echo "make clean        remove the environment, caches and outputs"
 
 # torch first and by itself: then nothing else chooses a build of it.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,train,viz,demo,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,train,evaluate,lora,viz,demo,dev]"
 	@touch $@
 
 quickstart: $(VENV)/.ready
@@ -43,6 +43,7 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/hub.py
 	$(BIN)/python benchmarks/pretraining.py
+	$(BIN)/python benchmarks/finetuning.py
 
 clean:
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis
