@@ -23,9 +23,13 @@ def _locate(source: str | os.PathLike, split: str, revision: str | None, token: 
     if not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source} is neither a folder nor the id of a data set on the Hub (`owner/name`).")
     from huggingface_hub import HfFileSystem
+    from huggingface_hub.utils import httpx
 
     pattern = f"datasets/{source}{f'@{revision}' if revision else ''}/**/{split}-*-of-*.parquet"
-    found = sorted(HfFileSystem(token=token).glob(pattern))
+    try:
+        found = sorted(HfFileSystem(token=token).glob(pattern))
+    except httpx.TransportError as error:  # no OSError, as one would expect of a network
+        raise ConnectionError(f"Cannot reach the Hub for the data set `{source}`: {error}. Try again later.") from error
     if not found:
         raise FileNotFoundError(f"No shards of the split `{split}` in the data set `{source}` on the Hub.")
     return [f"hf://{path}" for path in found]
@@ -43,6 +47,7 @@ def read_schema(
 
     Raises:
         FileNotFoundError: there are no shards.
+        ConnectionError: the Hub cannot be reached.
         ValueError: they are not of MAPEX, of an unknown version, or differ in what they hold.
     """
     import fsspec

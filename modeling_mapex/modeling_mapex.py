@@ -1428,16 +1428,19 @@ class MapexForImageClassification(MapexPreTrainedModel):
 
 
 class MapexConvolution(nn.Module):
-    """3 x 3 convolution, normalisation over groups of channels, activation."""
+    """3 x 3 convolution, normalisation of each pixel over its channels, activation. Not over the image: whether a pixel
+    is water must not depend on how much of it there is elsewhere.
+    """
 
     def __init__(self, config: MapexConfig, in_channels: int, out_channels: int):
         super().__init__()
         self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm = nn.GroupNorm(out_channels // 8, out_channels)
+        self.layernorm = nn.LayerNorm(out_channels, eps=config.layer_norm_eps)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.act_fn(self.norm(self.convolution(features)))
+        features = self.convolution(features).permute(0, 2, 3, 1)  # (B, H, W, C)
+        return self.act_fn(self.layernorm(features)).permute(0, 3, 1, 2)
 
 
 class MapexDenseDecoder(nn.Module):

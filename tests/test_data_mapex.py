@@ -17,7 +17,7 @@ from shard_samples import SCHEMA, assert_same_sample, items, make_sample, read
 pytest.importorskip("datasets", reason="shards need the extra `data`")
 
 from modeling_mapex import writing_mapex
-from modeling_mapex.data_mapex import MixedShardStream, load_shards, split_of_place, stream_shards
+from modeling_mapex.data_mapex import MixedShardStream, load_shards, read_schema, split_of_place, stream_shards
 from modeling_mapex.writing_mapex import write_shards
 
 
@@ -297,3 +297,8 @@ def test_memory_stays_flat_as_a_shard_grows(tmp_path):
         size, peaks[count] = map(float, result.stdout.split())
     assert size > 200, "the larger shard must be larger than what is allowed"
     assert peaks[2048] - peaks[256] < 100, peaks
+
+
+def test_hub_out_of_reach():
+    with pytest.raises(ConnectionError, match="Cannot reach the Hub for the data set `org/chips`"):
+        read_schema("org/chips")
