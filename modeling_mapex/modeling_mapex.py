@@ -408,6 +408,7 @@ class MapexExperts(nn.Module):
         self.up_proj_bias = nn.Parameter(torch.empty(num_experts, inner))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
         self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width))
+        self.register_load_state_dict_pre_hook(_stack_experts)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.LongTensor, top_k_weights: torch.Tensor
@@ -432,6 +433,17 @@ class MapexExperts(nn.Module):
             weighted = expert_output * top_k_weights[token, place, None]
             output.index_add_(0, token, weighted.to(output.dtype))  # under autocast the product may be narrower
         return output
+
+
+def _stack_experts(module: MapexExperts, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """Before `load_state_dict`: files hold a key for each expert. `from_pretrained` converts them, but `Trainer` loads
+    the best model, and the one it goes on with, from the file as it is, and would pass over them with a warning.
+    """
+    for name in ("up_proj", "down_proj"):
+        for kind, suffix in (("weight", ""), ("bias", "_bias")):
+            keys = [f"{prefix}{expert}.{name}.{kind}" for expert in range(module.num_experts)]
+            if all(key in state_dict for key in keys):
+                state_dict[f"{prefix}{name}{suffix}"] = torch.stack([state_dict.pop(key) for key in keys])
 
 
 class MapexSparseMoeBlock(nn.Module):

@@ -167,3 +167,36 @@ class TestModelCard:
         trainer.save_model()
         trainer.create_model_card()
         assert (tmp_path / "README.md").read_text().endswith("# Mine\n")
+
+
+def test_the_best_model_comes_back_with_its_experts(tmp_path):
+    """`Trainer` reads the checkpoint's file by itself, where each expert has keys of its own."""
+    model = MapexForImageClassification(tiny_config(num_labels=3, initializer_range=0.02))
+    args = arguments(
+        tmp_path,
+        max_steps=6,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="order",
+    )
+    steps = iter((1.0, 3.0, 2.0))  # the second is the best
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=Chips(),
+        eval_dataset=Chips(),
+        data_collator=default_collate,
+        compute_metrics=lambda _: {"order": next(steps)},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = MapexForImageClassification.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    last = MapexForImageClassification.from_pretrained(tmp_path / "checkpoint-6").state_dict()
+    name = "mapex.layers.1.mlp.experts.up_proj"
+    assert not torch.equal(best[name], last[name])
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, best[key]), key
