@@ -1,4 +1,4 @@
-"""Any co-registered GeoTIFFs, described by a small YAML file, to shards.
+r"""Any co-registered GeoTIFFs, described by a small YAML file, to shards.
 
     python conversion/convert_geotiff_folder.py --source campaign --description campaign.yaml --output shards/campaign
     python conversion/convert_geotiff_folder.py --source campaign --description campaign.yaml --output shards/chips \\

@@ -1,4 +1,4 @@
-"""Pretrain MAPEX on shards of any mix of sensors, on one CPU or many GPUs.
+r"""Pretrain MAPEX on shards of any mix of sensors, on one CPU or many GPUs.
 
     # one CPU
     python examples/run_pretraining.py --sources data/ben --modalities s1 s2 --preset nano --max_steps 1000

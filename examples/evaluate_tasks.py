@@ -1,0 +1,173 @@
+"""Fine-tune on every task by every method and seed, and print what each is worth, as Markdown.
+
+    make evaluate                                           # all of examples/configs/tasks.yaml: hours on two cores
+    python examples/evaluate_tasks.py --tasks water --methods pruned full pixel --seeds 1
+    python examples/evaluate_tasks.py --table_only          # what has been run so far
+
+The file of tasks says for each which script, which options, which metrics, and in which variants; and for each method
+the options that make it. A run is a process of its own, so that its peak of memory is its own, and leaves its
+`results.json` below `--output_dir`: what is there is not run again, and an interrupted run is gone on with. Given are
+the mean over seeds, the standard deviation, and in brackets the 95 % interval over test places, averaged over seeds.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+
+EXAMPLES = Path(__file__).parent
+
+
+@dataclass
+class Arguments:
+    file: str = field(
+        default=str(EXAMPLES / "configs" / "tasks.yaml"), metadata={"help": "YAML file of tasks and methods."}
+    )
+    tasks: list[str] | None = field(default=None, metadata={"help": "Which tasks. Default: all."})
+    methods: list[str] | None = field(default=None, metadata={"help": "Which methods. Default: all."})
+    seeds: int = field(default=3, metadata={"help": "Runs of each, with seeds from 0."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the runs go."})
+    table_only: bool = field(default=False, metadata={"help": "Run nothing."})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a task in one variant, by one method, with one seed."""
+
+    task: str
+    variant: str
+    method: str
+    seed: int
+    script: str
+    options: dict[str, Any]
+    folder: Path
+
+    def results(self) -> dict[str, Any] | None:
+        """Of the finished run, if it is."""
+        file = self.folder / "results.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def run(self) -> str | None:
+        """Run it in a process of its own; the end of what it said, if it failed."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        settings = self.folder.with_suffix(".json")
+        settings.write_text(json.dumps({**self.options, "seed": self.seed, "output_dir": str(self.folder)}, indent=1))
+        log = self.folder.with_suffix(".log")
+        with log.open("w") as output:
+            command = [sys.executable, str(EXAMPLES / self.script), str(settings)]
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        return None if code == 0 else "\n".join(log.read_text().splitlines()[-5:])
+
+
+def read_file(args: Arguments) -> dict[str, Any]:
+    """Tasks and methods, those that were asked for."""
+    try:
+        content = yaml.safe_load(Path(args.file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        sys.exit(f"Cannot read {args.file}: {error}")
+    for kind in ("tasks", "methods"):
+        if not isinstance(content.get(kind), dict):
+            sys.exit(f"{args.file} needs a mapping `{kind}`.")
+        wanted = getattr(args, kind)
+        if unknown := [name for name in wanted or [] if name not in content[kind]]:
+            sys.exit(f"{args.file} has no {kind} {unknown}; it has {list(content[kind])}.")
+        content[kind] = {name: content[kind][name] for name in wanted or content[kind]}
+    return content
+
+
+def plan(content: dict[str, Any], args: Arguments) -> list[Job]:
+    """All runs, in the order of the file; seeds outermost, so that the first results are of everything."""
+    jobs = []
+    for seed in range(args.seeds):
+        for task, spec in content["tasks"].items():
+            for variant, changes in (spec.get("variants") or {"": {}}).items():
+                for method, of_method in content["methods"].items():
+                    if method in spec.get("without", []):
+                        continue
+                    of_method = dict(of_method or {})
+                    script = of_method.pop("script", spec["script"])
+                    options = {**(spec.get("options") or {}), **(changes or {}), **of_method}
+                    options |= spec.get("methods", {}).get(method, {})
+                    if options.get("criterion") == "random":
+                        options["pruning_seed"] = seed
+                    if script == "pixel_baseline.py":
+                        options["task_script"] = spec["script"]
+                    folder = Path(args.output_dir) / task / (variant or "all") / f"{method}-{seed}"
+                    jobs.append(Job(task, variant, method, seed, script, options, folder))
+    return jobs
+
+
+def cell(results: list[dict[str, Any]], metric: str) -> str:
+    """Mean over seeds, deviation, interval."""
+    values = [entry["metrics"][metric] for entry in results]
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.3f}"
+    bounds = [entry["intervals"][metric] for entry in results if metric in entry["intervals"]]
+    if bounds:
+        low, high = (statistics.mean(ends) for ends in zip(*bounds))
+        text += f" [{low:.3f}, {high:.3f}]"
+    return text
+
+
+def report(content: dict[str, Any], jobs: list[Job]) -> str:
+    """A table of each task."""
+    parts = []
+    for task, spec in content["tasks"].items():
+        metrics = spec["metrics"]
+        sizes = ["parameters", "ms per chip", "seconds to train", "peak MB"]
+        rows = [["variant", "method", "seeds", *metrics, *sizes]]
+        rows.append(["---"] * len(rows[0]))
+        for variant in spec.get("variants") or [""]:
+            for method in content["methods"]:
+                mine = [job for job in jobs if (job.task, job.variant, job.method) == (task, variant, method)]
+                done = [results for job in mine if (results := job.results())]
+                if not done:
+                    continue
+                row = [variant, method, str(len(done)), *(cell(done, metric) for metric in metrics)]
+                row.append(f"{done[0]['parameters']['all']:,}")
+                for key, digits in (("ms_per_chip", 1), ("seconds", 0), ("peak_memory_mb", 0)):
+                    row.append(f"{statistics.median(entry[key] for entry in done):.{digits}f}")
+                rows.append(row)
+        if len(rows) > 2:
+            counts = done_counts(task, jobs)
+            parts.append(f"### {spec['title']}\n\n{counts}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(parts)
+
+
+def done_counts(task: str, jobs: list[Job]) -> str:
+    """How many samples and places there are on each side, of the first run that is there."""
+    results = next(found for job in jobs if job.task == task and (found := job.results()))
+    sides = [
+        f"{results['samples'][side]} samples of {results['places'][side]} places to {side}"
+        for side in results["samples"]
+    ]
+    return f"Of the first variant: {', '.join(sides)}."
+
+
+def main(args: Arguments) -> None:
+    content = read_file(args)
+    jobs = plan(content, args)
+    failed = []
+    if not args.table_only:
+        for job in tqdm(jobs, desc="Evaluating", unit="run"):
+            if job.results() is None and (words := job.run()):
+                failed.append(f"{job.folder}: {words}")
+    print(report(content, jobs))
+    if failed:
+        sys.exit("These runs failed:\n" + "\n".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on.")

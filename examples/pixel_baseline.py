@@ -1,0 +1,154 @@
+"""What pixels alone can tell: a random forest on band statistics of chips, or on the bands of single pixels.
+
+    python examples/pixel_baseline.py settings.yaml     # options of a fine-tuning script, and `task_script`: its name
+
+Reads and splits as the fine-tuning script does, and writes a `results.json` like its own. A sensor that a sample lacks
+is zero after normalisation, and a feature says so.
+"""
+
+import json
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import finetuning
+import numpy as np
+import run_image_classification
+import run_pixel_regression
+import run_semantic_segmentation
+import torch
+from baselines import to_image
+from finetuning import (
+    Data,
+    DataArguments,
+    FinetuningArguments,
+    ModelArguments,
+    Stop,
+    draw_samples,
+    intervals,
+    peak_memory,
+    read_data,
+    read_mapping,
+)
+
+from modeling_mapex import MapexConfig
+from modeling_mapex.collation_mapex import MapexCollator
+from modeling_mapex.image_processing_mapex import MapexImageProcessor
+
+
+PIXELS = 300  # of each training chip
+TREES = 200
+
+
+def part_of(kind: type, settings: dict[str, Any]):
+    """Those of the settings that are options of `kind`."""
+    return kind(**{entry.name: settings[entry.name] for entry in fields(kind) if entry.name in settings})
+
+
+def statistics_of(image: torch.Tensor) -> np.ndarray:
+    """Mean, standard deviation and five percentiles of each channel: `(batch, 7 * channels)`."""
+    pixels = image.flatten(2)
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    parts = [pixels.mean(dim=2), pixels.std(dim=2), *torch.quantile(pixels, levels, dim=2)]
+    return torch.cat(parts, dim=1).numpy()
+
+
+def chips_of(data: Data, side: str, collator: MapexCollator, config: MapexConfig):
+    """Image `(1, channels, height, width)` and labels of each chip of a side."""
+    chips = data.sides[side]
+    for index in range(len(chips)):
+        batch = collator([chips[index]])
+        masks = {key: batch.get(key) for key in ("modality_mask", "valid_mask")}
+        yield to_image(config, batch["pixel_values"], **masks), batch["labels"]
+
+
+def main(settings: dict[str, Any]) -> dict[str, float]:
+    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+
+    settings = dict(settings)
+    script = settings.pop("task_script", None)
+    kinds = {
+        "run_image_classification.py": ("class",),
+        "run_semantic_segmentation.py": ("mask",),
+        "run_pixel_regression.py": ("map",),
+    }
+    if script not in kinds:
+        raise Stop(f"`task_script` must be one of {list(kinds)}, got {script}.")
+    args = part_of(FinetuningArguments, settings)
+    model_args, data_args = part_of(ModelArguments, settings), part_of(DataArguments, settings)
+    data = read_data(model_args, data_args, kinds[script], args.seed)
+    if settings.get("shots"):
+        groups = np.array(list(data.sides["train"].labels()))
+        data.sides["train"] = draw_samples(data.sides["train"], settings["shots"], args.seed, groups)
+    options: dict[str, Any] = {"label": data.label}
+    whole_chips = script == "run_image_classification.py"
+    if whole_chips:
+        scores: finetuning.Scores = run_image_classification.SingleLabelScores(len(data.spec["names"]))
+    elif script == "run_semantic_segmentation.py":
+        found = run_semantic_segmentation.count_codes(data)
+        names, codes = run_semantic_segmentation.choose_classes(
+            settings.get("classes"), data, set().union(*found.values())
+        )
+        options |= {"label_codes": codes, "ignore_index": run_semantic_segmentation.IGNORE_INDEX}
+        scores = run_semantic_segmentation.SegmentationScores(len(names))
+    else:
+        options["label_nodata"] = data.spec.get("nodata")
+        scores = run_pixel_regression.RegressionScores()
+
+    whole = MapexConfig.from_pretrained(model_args.model)
+    specs = {name: whole.modalities[name] for name in data.modalities}
+    config = MapexConfig(modalities=specs, **{key: getattr(whole, key) for key in ("hidden_size", "num_hidden_layers")})
+    collator = MapexCollator(MapexImageProcessor.from_config(config), **options)
+    generator = np.random.default_rng(args.seed)
+
+    start, features, targets = time.perf_counter(), [], []
+    for image, labels in chips_of(data, "train", collator, config):
+        if whole_chips:
+            features.append(statistics_of(image))
+            targets.append(labels.numpy())
+            continue
+        image = torch.nn.functional.interpolate(image, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        pixels, values = image[0].flatten(1).T.numpy(), labels.flatten().numpy()
+        known = np.flatnonzero(~np.isnan(values) if values.dtype.kind == "f" else values != options["ignore_index"])
+        chosen = generator.permutation(known)[:PIXELS]
+        features.append(pixels[chosen])
+        targets.append(values[chosen])
+    forest_class = RandomForestRegressor if script == "run_pixel_regression.py" else RandomForestClassifier
+    forest = forest_class(TREES, min_samples_leaf=1 if whole_chips else 5, random_state=args.seed, n_jobs=-1)
+    forest.fit(np.concatenate(features), np.concatenate(targets))
+    seconds = time.perf_counter() - start
+
+    start, rows = time.perf_counter(), []
+    for image, labels in chips_of(data, "test", collator, config):
+        if whole_chips:
+            predicted = torch.zeros(1, scores.num_labels)
+            predicted[0, forest.classes_] = torch.from_numpy(forest.predict_proba(statistics_of(image))[0]).float()
+        else:
+            image = torch.nn.functional.interpolate(image, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+            predicted = torch.from_numpy(forest.predict(image[0].flatten(1).T.numpy())).view(labels.shape)
+        rows.append(scores.rows(predicted, labels).double().numpy())
+    table = np.concatenate(rows)
+    results = {
+        "metrics": scores.metrics(table, np.ones(len(table))),
+        "intervals": intervals(scores, table, data.sides["test"].places(), args.bootstrap),
+        "samples": {side: len(chips) for side, chips in data.sides.items()},
+        "places": {side: len(set(chips.places())) for side, chips in data.sides.items()},
+        "parameters": {"all": 0},
+        "seconds": seconds,
+        "ms_per_chip": 1000 * (time.perf_counter() - start) / len(table),
+        "peak_memory_mb": peak_memory(),
+        "settings": settings,
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    print(finetuning.results_table(results))
+    return results["metrics"]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(read_mapping(sys.argv[1]))
