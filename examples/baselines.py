@@ -12,7 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, ResNetModel
 from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 
-from modeling_mapex import MapexConfig
+from modeling_mapex import (
+    MapexConfig,
+    MapexForImageClassification,
+    MapexForPixelRegression,
+    MapexForSemanticSegmentation,
+)
 from modeling_mapex.modeling_mapex import MapexPixelRegressionOutput
 from modeling_mapex.task_losses_mapex import regression_loss, segmentation_loss
 
@@ -156,3 +161,10 @@ class UNetRegressor(ConvNet):
         values = values.squeeze(1) * config.label_std + config.label_mean
         loss = None if labels is None else regression_loss(values, labels, config.label_mean, config.label_std)
         return MapexPixelRegressionOutput(loss=loss, logits=values)
+
+
+BASELINES: dict[type, type[ConvNet]] = {
+    MapexForImageClassification: ResNetClassifier,
+    MapexForSemanticSegmentation: UNetSegmenter,
+    MapexForPixelRegression: UNetRegressor,
+}

@@ -1,4 +1,4 @@
-r"""What a frozen MAPEX encoder knows of a classification task: nearest neighbours and logistic regression on embeddings.
+r"""What a frozen MAPEX encoder knows of a task: nearest neighbours and logistic regression on its embeddings.
 
     pip install -e ".[data,evaluate]"
     python examples/evaluate_frozen.py --model examples/checkpoints/mapex-nano --shards data/eurosat_rgb

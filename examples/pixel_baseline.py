@@ -13,25 +13,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import finetuning
 import numpy as np
 import run_image_classification
 import run_pixel_regression
 import run_semantic_segmentation
 import torch
 from baselines import to_image
-from finetuning import (
-    Data,
-    DataArguments,
-    FinetuningArguments,
-    ModelArguments,
-    Stop,
-    draw_samples,
-    intervals,
-    peak_memory,
-    read_data,
-    read_mapping,
-)
+from finetuning_data import Data, draw_samples, read_data
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, read_mapping
+from finetuning_results import Scores, intervals, peak_memory, results_table
 
 from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator
@@ -85,7 +75,7 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
     options: dict[str, Any] = {"label": data.label}
     whole_chips = script == "run_image_classification.py"
     if whole_chips:
-        scores: finetuning.Scores = run_image_classification.SingleLabelScores(len(data.spec["names"]))
+        scores: Scores = run_image_classification.SingleLabelScores(len(data.spec["names"]))
     elif script == "run_semantic_segmentation.py":
         found = run_semantic_segmentation.count_codes(data)
         names, codes = run_semantic_segmentation.choose_classes(
@@ -144,7 +134,7 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
-    print(finetuning.results_table(results))
+    print(results_table(results))
     return results["metrics"]
 
 

@@ -23,24 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from finetuning import (
-    Data,
-    DataArguments,
-    Finetuning,
-    FinetuningArguments,
-    ModelArguments,
-    Run,
-    Scores,
-    Stop,
-    build_model,
-    can_draw,
-    choose_class_weights,
-    confusion_picture,
-    draw_samples,
-    parse_arguments,
-    read_data,
-    warn_of_absent,
-)
+from finetuning import Finetuning, Run
+from finetuning_data import Data, draw_samples, read_data
+from finetuning_model import build_model
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, parse_arguments
+from finetuning_results import Scores, can_draw, choose_class_weights, confusion_picture, warn_of_absent
 from transformers import set_seed
 
 from modeling_mapex import MapexForImageClassification

@@ -23,23 +23,11 @@ import math
 
 import numpy as np
 import torch
-from finetuning import (
-    Data,
-    DataArguments,
-    Finetuning,
-    FinetuningArguments,
-    ModelArguments,
-    Run,
-    Scores,
-    Stop,
-    build_model,
-    can_draw,
-    choose_shown,
-    parse_arguments,
-    picture_of,
-    predict,
-    read_data,
-)
+from finetuning import Finetuning, Run
+from finetuning_data import Data, read_data
+from finetuning_model import build_model
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, parse_arguments
+from finetuning_results import Scores, can_draw, choose_shown, picture_of, predict
 from transformers import set_seed
 
 from modeling_mapex import MapexForPixelRegression

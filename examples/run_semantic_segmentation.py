@@ -31,25 +31,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from finetuning import (
-    Data,
-    DataArguments,
-    Finetuning,
-    FinetuningArguments,
-    ModelArguments,
-    Run,
+from finetuning import Finetuning, Run
+from finetuning_data import Data, read_data
+from finetuning_model import build_model
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, parse_arguments, read_mapping
+from finetuning_results import (
     Scores,
-    Stop,
-    build_model,
     can_draw,
     choose_class_weights,
     choose_shown,
     confusion_picture,
-    parse_arguments,
     picture_of,
     predict,
-    read_data,
-    read_mapping,
     warn_of_absent,
 )
 from transformers import set_seed

@@ -157,13 +157,14 @@ class MapexPixelRegressionOutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor`, *optional*): Mean square error in standard deviations of the labels.
-        predictions (`torch.Tensor` of shape `(batch_size, height, width)`): Values in the unit of the labels.
+        logits (`torch.Tensor` of shape `(batch_size, height, width)`):
+            Values in the unit of the labels; called so as in the regression models of transformers.
         hidden_states, attentions, router_logits, router_indices, router_weights:
             Of the encoder, as in [`MapexModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
-    predictions: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -1647,7 +1648,7 @@ class MapexForPixelRegression(MapexDenseModel):
             labels (`torch.FloatTensor` of shape `(batch_size, height, width)`, *optional*):
                 Value of each pixel, NaN where it is not known. `config.label_mean` and `config.label_std` describe
                 them.
-            output_size (`tuple[int, int]`, *optional*): Height and width of the predictions, without labels.
+            output_size (`tuple[int, int]`, *optional*): Height and width of the logits, without labels.
             kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
 
         Raises:
@@ -1656,11 +1657,11 @@ class MapexForPixelRegression(MapexDenseModel):
         config = self.config
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         values = self._decode(outputs, pixel_values, modality_mask, valid_mask, gsd, output_size, labels)
-        predictions = values.squeeze(1) * config.label_std + config.label_mean  # (B, H, W)
-        loss = None if labels is None else regression_loss(predictions, labels, config.label_mean, config.label_std)
+        logits = values.squeeze(1) * config.label_std + config.label_mean  # (B, H, W)
+        loss = None if labels is None else regression_loss(logits, labels, config.label_mean, config.label_std)
         return MapexPixelRegressionOutput(
             loss=loss,
-            predictions=predictions,
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

@@ -26,8 +26,7 @@ def inputs(names=("radar", "optical", "height"), batch_size=3):
 
 @torch.no_grad()
 def predict(model, *args, **kwargs):
-    outputs = model(*args, **kwargs)
-    return outputs.logits if "logits" in outputs else outputs.predictions
+    return model(*args, **kwargs).logits
 
 
 def coordinates(rows: int, columns: int, metres: float) -> torch.Tensor:
@@ -84,8 +83,7 @@ class TestMaps:
             labels = torch.randint(0, 3, (3, *size)) if model_class is HEADS[0] else torch.randn(3, *size)
             outputs = model(inputs(names), labels=labels)
             outputs.loss.backward()
-            result = outputs.logits if model_class is HEADS[0] else outputs.predictions
-            assert result.shape[0] == 3 and result.shape[-2:] == size
+            assert outputs.logits.shape[0] == 3 and outputs.logits.shape[-2:] == size
             assert torch.isfinite(outputs.loss)
 
     @pytest.mark.parametrize("model_class", HEADS)

@@ -1,4 +1,4 @@
-"""examples/finetuning.py and the three scripts that share it, on tasks that can be learnt in seconds."""
+"""The three fine-tuning scripts and what they share, on tasks that can be learnt in seconds."""
 
 import json
 import signal
@@ -36,6 +36,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetuning  # noqa: E402
+import finetuning_data  # noqa: E402
+import finetuning_model  # noqa: E402
+import finetuning_options  # noqa: E402
+import finetuning_results  # noqa: E402
 import run_image_classification  # noqa: E402
 import run_pixel_regression  # noqa: E402
 import run_semantic_segmentation  # noqa: E402
@@ -172,10 +176,15 @@ def options(shards, checkpoint, tmp_path_factory):
 def run(options: dict, folder: Path, task: str, **changes) -> dict[str, float]:
     """The script for a label in this process, with options as from a file."""
     script = SCRIPTS[task]
-    kinds = (finetuning.ModelArguments, finetuning.DataArguments, *KINDS[script], finetuning.FinetuningArguments)
+    kinds = (
+        finetuning_options.ModelArguments,
+        finetuning_options.DataArguments,
+        *KINDS[script],
+        finetuning_options.FinetuningArguments,
+    )
     file = folder.parent / f"{folder.name}.json"
     file.write_text(json.dumps({**options, "label": task, "output_dir": str(folder), **changes}))
-    return script.main(*finetuning.parse_arguments(kinds, script.__doc__, [str(file)]))
+    return script.main(*finetuning_options.parse_arguments(kinds, script.__doc__, [str(file)]))
 
 
 def results_of(folder: Path) -> dict:
@@ -264,15 +273,15 @@ class TestLearning:
         assert {result.metric_type: result.metric_value for result in card.data.eval_results} == metrics
         assert "| layer_decay | `0.8` |" in card.text and "| method | `full` |" in card.text
         model = MapexForImageClassification.from_pretrained(folder / "model")
-        data_args = finetuning.DataArguments(
+        data_args = finetuning_options.DataArguments(
             label="crop",
             rename=["optical=s2"],
             **{key: options[key] for key in ("shards", "cache_dir", "split_seed", "validation", "test")},
         )
-        model_args = finetuning.ModelArguments(model=options["model"], modalities=["s1", "s2"])
-        chips = finetuning.read_data(model_args, data_args, ("class",), 0).sides["test"]
+        model_args = finetuning_options.ModelArguments(model=options["model"], modalities=["s1", "s2"])
+        chips = finetuning_data.read_data(model_args, data_args, ("class",), 0).sides["test"]
         collator = MapexCollator(MapexImageProcessor.from_pretrained(folder / "model"), label="crop")
-        outputs = [finetuning.predict(model, collator, chip) for chip in chips]
+        outputs = [finetuning_results.predict(model, collator, chip) for chip in chips]
         right = [int(output.logits.argmax()) == int(batch["labels"]) for batch, output in outputs]
         assert np.mean(right) == pytest.approx(metrics["accuracy"])
 
@@ -295,7 +304,7 @@ class TestLearning:
     def test_samples_of_several_sizes(self, options, tmp_path, capsys):
         shards = write(tmp_path / "shards", 48, read_larger)
         changes = {"shards": shards, "max_steps": 2}
-        with pytest.raises(finetuning.Stop, match=r"differ in size.*--crop_size"):
+        with pytest.raises(finetuning_options.Stop, match=r"differ in size.*--crop_size"):
             run(options, tmp_path / "run", "flood", **changes)
         run(options, tmp_path / "run", "flood", **changes, crop_size=16)
         assert "evaluated whole, one at a time" in capsys.readouterr().out
@@ -307,13 +316,13 @@ class TestFewSamples:
         assert results_of(tmp_path / "run")["samples"]["train"] == 6
 
     def test_larger_draws_hold_smaller_ones(self, options):
-        data_args = finetuning.DataArguments(
+        data_args = finetuning_options.DataArguments(
             **{key: options[key] for key in ("shards", "cache_dir", "split_seed", "validation", "test")}, label="crop"
         )
-        model_args = finetuning.ModelArguments(model=options["model"], modalities=["s1"])
-        chips = finetuning.read_data(model_args, data_args, ("class",), 0).sides["train"]
-        small, large = (set(finetuning.draw_samples(chips, count, 1).column("id")) for count in (5, 20))
-        other = set(finetuning.draw_samples(chips, 5, 2).column("id"))
+        model_args = finetuning_options.ModelArguments(model=options["model"], modalities=["s1"])
+        chips = finetuning_data.read_data(model_args, data_args, ("class",), 0).sides["train"]
+        small, large = (set(finetuning_data.draw_samples(chips, count, 1).column("id")) for count in (5, 20))
+        other = set(finetuning_data.draw_samples(chips, 5, 2).column("id"))
         assert small < large and len(small) == 5 and other != small
 
 
@@ -326,7 +335,7 @@ class TestGoingOn:
             changes = {"method": "lora", "max_steps": 8, "eval_steps": 4}
             expected = tmp_path / "straight"
             run(options, expected, label, **changes)
-        with pytest.raises(finetuning.Stop, match=r"Stopped at step 6\. Run the same command again"):
+        with pytest.raises(finetuning_options.Stop, match=r"Stopped at step 6\. Run the same command again"):
             run(options, tmp_path / "run", label, **changes, stop_after=6)
         run(options, tmp_path / "run", label, **changes)
         assert "Going on from step 6." in capsys.readouterr().out
@@ -343,7 +352,7 @@ class TestGoingOn:
 
         with monkeypatch.context() as patch:
             patch.setattr(finetuning.Session, "on_step_end", interrupt)
-            with pytest.raises(finetuning.Stop, match="Stopped at step 11"):
+            with pytest.raises(finetuning_options.Stop, match="Stopped at step 11"):
                 run(options, tmp_path / "run", "crop", **AUGMENTED)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         run(options, tmp_path / "run", "crop", **AUGMENTED)
@@ -365,7 +374,7 @@ class TestGoingOn:
     def test_patience_outlives_a_stop(self, options, tmp_path):
         """Evaluations without progress before the stop count."""
         changes = {"patience": 3, "learning_rate": 0.0, "max_steps": 60, "eval_steps": 2}
-        with pytest.raises(finetuning.Stop):
+        with pytest.raises(finetuning_options.Stop):
             run(options, tmp_path / "run", "crop", **changes, stop_after=6)
         run(options, tmp_path / "run", "crop", **changes)
         assert results_of(tmp_path / "run")["steps"] == 8  # best at 2, no better at 4, 6 and 8
@@ -382,13 +391,13 @@ class TestGoingOn:
         """Nothing is run again, and the metrics are given."""
         assert run(options, straight[0], "crop", **AUGMENTED) == straight[1]
         assert "is finished" in capsys.readouterr().out
-        with pytest.raises(finetuning.Stop, match="hf upload me/model"):
+        with pytest.raises(finetuning_options.Stop, match="hf upload me/model"):
             run(options, straight[0], "crop", **AUGMENTED, push_to_hub="me/model")
 
     def test_other_settings_and_overwrite(self, options, tmp_path):
         changes = {"max_steps": 2, "eval_steps": 2}
         run(options, tmp_path / "run", "crop", **changes)
-        with pytest.raises(finetuning.Stop, match=r"other settings \(learning_rate: 0.003 -> 0.1\)"):
+        with pytest.raises(finetuning_options.Stop, match=r"other settings \(learning_rate: 0.003 -> 0.1\)"):
             run(options, tmp_path / "run", "crop", **changes, learning_rate=0.1)
         run(options, tmp_path / "run", "crop", **changes, learning_rate=0.1, overwrite=True)
         assert results_of(tmp_path / "run")["settings"]["learning_rate"] == 0.1
@@ -445,7 +454,7 @@ class TestWhatIsTrained:
     def test_layer_decay(self):
         model = MapexForImageClassification(tiny_config(num_labels=3))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = finetuning.parameter_groups(model, 4, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+        groups = finetuning_model.parameter_groups(model, 4, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
         found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
         assert found.keys() == set(names.values())
         for name, rate in {
@@ -466,9 +475,9 @@ class TestWhatIsTrained:
         pytest.importorskip("peft", reason="adapters need the extra `lora`")
         model = MapexForImageClassification(tiny_config(num_labels=3, expert_ids=[[0, 1], [2]], initializer_range=0.1))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        adapted = finetuning.choose_trained(model, finetuning.ModelArguments(method="lora", lora_rank=4))
+        adapted = finetuning_model.choose_trained(model, finetuning_options.ModelArguments(method="lora", lora_rank=4))
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        groups = finetuning.parameter_groups(adapted, 4, learning_rate=0.01, layer_decay=0.5, weight_decay=0.0)
+        groups = finetuning_model.parameter_groups(adapted, 4, learning_rate=0.01, layer_decay=0.5, weight_decay=0.0)
         assert sum(len(group["params"]) for group in groups) == len(trained)
         assert {group["lr"] for group in groups} == {0.01}  # neither adapters nor the head are slowed down
         optimizer, inputs = torch.optim.AdamW(groups), tiny_inputs(batch_size=6)
@@ -572,17 +581,17 @@ class TestScores:
         right = np.random.default_rng(2).random(400) < 0.8
         table = np.stack([np.ones(400), right], axis=1).astype(float)
         (low, high), (wide_low, wide_high) = (
-            finetuning.intervals(scores, np.repeat(table, 2, axis=0), places, 2000)["accuracy"]
+            finetuning_results.intervals(scores, np.repeat(table, 2, axis=0), places, 2000)["accuracy"]
             for places in (np.arange(800), np.repeat(np.arange(400), 2))
         )
         assert low < right.mean() < high
         spread = 2 * 1.96 * (right.mean() * (1 - right.mean()) / 400) ** 0.5
         assert wide_high - wide_low == pytest.approx(spread, rel=0.15)
         assert (wide_high - wide_low) / (high - low) == pytest.approx(2**0.5, rel=0.15)
-        assert finetuning.intervals(scores, table, np.zeros(400), 100) == {}
+        assert finetuning_results.intervals(scores, table, np.zeros(400), 100) == {}
 
     def test_balanced_weights(self):
-        weights = np.array(finetuning.balanced_weights(np.array([10, 30, 0])))
+        weights = np.array(finetuning_results.balanced_weights(np.array([10, 30, 0])))
         assert weights.tolist() == pytest.approx([2.0, 2 / 3, 0.0])
 
 
@@ -590,7 +599,7 @@ class TestClasses:
     """Of masks."""
 
     def choose(self, given, found, **spec):
-        data = finetuning.Data("clc", {"kind": "mask", "dtype": "uint8", **spec}, {}, {})
+        data = finetuning_data.Data("clc", {"kind": "mask", "dtype": "uint8", **spec}, {}, {})
         return run_semantic_segmentation.choose_classes(given, data, found)
 
     def test_of_the_shards(self):
@@ -614,7 +623,7 @@ class TestClasses:
         ],
     )
     def test_that_cannot_be(self, given, message):
-        with pytest.raises(finetuning.Stop, match=message):
+        with pytest.raises(finetuning_options.Stop, match=message):
             self.choose(given, {1, 2, 3})
 
     def test_of_options(self, options, tmp_path):
@@ -666,30 +675,30 @@ class TestStops:
         ],
     )
     def test_options(self, options, tmp_path, label, changes, message):
-        with pytest.raises(finetuning.Stop, match=message):
+        with pytest.raises(finetuning_options.Stop, match=message):
             run(options, tmp_path / "run", label, **changes)
         assert not (tmp_path / "run" / "run.json").exists()  # the mended command is not taken for another run
 
     def test_file_of_options(self, tmp_path):
-        with pytest.raises(finetuning.Stop, match=r"Cannot read nowhere\.yaml"):
-            finetuning.parse_arguments((finetuning.ModelArguments,), "", ["nowhere.yaml"])
+        with pytest.raises(finetuning_options.Stop, match=r"Cannot read nowhere\.yaml"):
+            finetuning_options.parse_arguments((finetuning_options.ModelArguments,), "", ["nowhere.yaml"])
         (tmp_path / "list.yaml").write_text("- 1")
-        with pytest.raises(finetuning.Stop, match="must hold a mapping"):
-            finetuning.parse_arguments((finetuning.ModelArguments,), "", [str(tmp_path / "list.yaml")])
+        with pytest.raises(finetuning_options.Stop, match="must hold a mapping"):
+            finetuning_options.parse_arguments((finetuning_options.ModelArguments,), "", [str(tmp_path / "list.yaml")])
 
     def test_folder_with_something_else(self, options, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.tex").touch()
-        with pytest.raises(finetuning.Stop, match=r"holds something else than a run \(\['thesis.tex'\]\)"):
+        with pytest.raises(finetuning_options.Stop, match=r"holds something else than a run \(\['thesis.tex'\]\)"):
             run(options, tmp_path / "run", "crop", overwrite=True)
 
     def test_folder_that_cannot_be_written(self, options, tmp_path):
         (tmp_path / "run").touch()
-        with pytest.raises(finetuning.Stop, match="Cannot write to --output_dir"):
+        with pytest.raises(finetuning_options.Stop, match="Cannot write to --output_dir"):
             run(options, tmp_path / "run", "crop")
 
     def test_single_sample(self, options, tmp_path):
-        with pytest.raises(finetuning.Stop, match="1 usable samples of 1 places"):
+        with pytest.raises(finetuning_options.Stop, match="1 usable samples of 1 places"):
             run(options, tmp_path / "run", "crop", shards=write(tmp_path / "shards", 1))
 
     def test_no_sample_with_the_label(self, options, tmp_path):
@@ -699,13 +708,13 @@ class TestStops:
             return sample
 
         shards = write(tmp_path / "shards", 4, unlabelled)
-        with pytest.raises(finetuning.Stop, match=r"No sample of the split `train`.* has `crop`"):
+        with pytest.raises(finetuning_options.Stop, match=r"No sample of the split `train`.* has `crop`"):
             run(options, tmp_path / "run", "crop", shards=shards)
 
     def test_labels_out_of_range(self, options, tmp_path, monkeypatch):
         """Of shards that another program has written."""
-        monkeypatch.setattr(finetuning.Chips, "labels", lambda self: iter([0, 7] * (len(self) // 2)))
-        with pytest.raises(finetuning.Stop, match=r"`crop` holds \[7\], but the shards name 4 classes"):
+        monkeypatch.setattr(finetuning_data.Chips, "labels", lambda self: iter([0, 7] * (len(self) // 2)))
+        with pytest.raises(finetuning_options.Stop, match=r"`crop` holds \[7\], but the shards name 4 classes"):
             run(options, tmp_path / "run", "crop")
 
     @pytest.mark.parametrize(
@@ -717,20 +726,20 @@ class TestStops:
             sample.labels["biomass"][:] = value
             return sample
 
-        with pytest.raises(finetuning.Stop, match=message):
+        with pytest.raises(finetuning_options.Stop, match=message):
             run(options, tmp_path / "run", "biomass", shards=write(tmp_path / "shards", 24, constant))
 
     def test_pruned_checkpoint(self, options, tmp_path):
         whole = MapexForPreTraining.from_pretrained(options["model"])
         whole.prune_for_modalities(["s1"]).save_pretrained(tmp_path / "pruned")
-        with pytest.raises(finetuning.Stop, match=r"has no \['dem'\]. It has \['s1'\]. It was pruned"):
+        with pytest.raises(finetuning_options.Stop, match=r"has no \['dem'\]. It has \['s1'\]. It was pruned"):
             run(options, tmp_path / "run", "crop", model=str(tmp_path / "pruned"), modalities=["dem"])
 
     def test_uncalibrated_checkpoint(self, options, tmp_path):
         whole = MapexForPreTraining.from_pretrained(options["model"])
         whole.config.expert_statistics = None
         whole.save_pretrained(tmp_path / "uncalibrated")
-        with pytest.raises(finetuning.Stop, match="No expert statistics"):
+        with pytest.raises(finetuning_options.Stop, match="No expert statistics"):
             run(options, tmp_path / "run", "crop", model=str(tmp_path / "uncalibrated"))
 
 
@@ -749,7 +758,7 @@ def test_command_line_and_the_hub(options, tmp_path):
             import sys
             sys.path.insert(0, {str(EXAMPLES)!r})
             import run_image_classification as script
-            from finetuning import *
+            from finetuning_options import *
             kinds = (ModelArguments, DataArguments, script.ClassificationArguments, FinetuningArguments)
             print(script.main(*parse_arguments(kinds, script.__doc__, {argv!r})))
         """
@@ -769,3 +778,21 @@ def test_command_line_and_the_hub(options, tmp_path):
     torch.testing.assert_close(model({"s1": pixels}).logits, load_file(tmp_path / "logits.safetensors")["logits"])
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert metrics == results_of(tmp_path / "run")["metrics"] and card.data.datasets == ["me/chips"]
+
+
+class TestConvNet:
+    """What the evaluation compares with goes through the same run."""
+
+    @pytest.mark.parametrize(("task", "metric", "least"), [("crop", "accuracy", 0.9), ("flood", "mean_iou", 0.8)])
+    def test_learns(self, options, tmp_path, task, metric, least):
+        few = {"max_steps": 60, "eval_steps": 20, "train_samples": 32}  # batches of eight: it normalises over them
+        metrics = run({**options, **few}, tmp_path / "run", task, convnet=True)
+        assert metrics[metric] > least
+        results = results_of(tmp_path / "run")
+        assert results["parameters"]["all"] == results["parameters"]["trained"] > 1_000_000
+
+    def test_is_not_pruned_or_frozen(self, options, tmp_path):
+        with pytest.raises(finetuning_options.Stop, match="--convnet is trained whole"):
+            run(options, tmp_path / "run", "crop", convnet=True, method="frozen")
+        with pytest.raises(finetuning_options.Stop, match="no code to push"):
+            run(options, tmp_path / "other", "crop", convnet=True, push_to_hub="me/convnet")

@@ -1,0 +1,170 @@
+"""Options of the fine-tuning scripts, from the command line or a file."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import (
+    HfArgumentParser,
+)
+
+
+@dataclass
+class ModelArguments:
+    """What to fine-tune, and how much of it."""
+
+    model: str = field(
+        default="examples/checkpoints/mapex-nano", metadata={"help": "Folder or repository of a MAPEX checkpoint."}
+    )
+    modalities: list[str] | None = field(
+        default=None,
+        metadata={"help": "Sensors to use, for which the model is pruned while loading. Default: all that both have."},
+    )
+    bands: list[str] | None = field(
+        default=None, metadata={"help": "Bands to use of a sensor: s2=B04,B03,B02. Default: all of the model's."}
+    )
+    keep_all: bool = field(default=False, metadata={"help": "Do not prune: load the whole model."})
+    coverage: float | None = field(
+        default=None, metadata={"help": "Share of each sensor's mass that the kept experts cover. Default: 0.95."}
+    )
+    experts_per_layer: list[int] | None = field(
+        default=None, metadata={"help": "Keep exactly so many: one number, or one for each mixture. Not --coverage."}
+    )
+    criterion: str | None = field(
+        default=None, metadata={"help": "Mass of an expert: saliency (default), usage, gate, exhaustive or random."}
+    )
+    pruning_seed: int | None = field(default=None, metadata={"help": "Of --criterion random."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights in the architecture that the checkpoint would give."}
+    )
+    convnet: bool = field(
+        default=False,
+        metadata={"help": "Instead, to compare with, a convolutional network of similar size with random weights."},
+    )
+    method: Literal["full", "frozen", "lora"] = field(
+        default="full", metadata={"help": "Train everything, only the head, or the head and low-rank adapters (peft)."}
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters, for each expert too."})
+    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by this over their rank."})
+
+
+@dataclass
+class DataArguments:
+    """What to train and evaluate on."""
+
+    shards: str | None = field(default=None, metadata={"help": "A folder of shards or a data set on the Hub."})
+    label: str | None = field(default=None, metadata={"help": "Label of the shards. Default: the only one that fits."})
+    rename: list[str] | None = field(
+        default=None, metadata={"help": "Read a sensor of the shards as one of the model: s2_l1c=s2."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the shards to train on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split of the shards to validate on, instead of --validation."}
+    )
+    test_split: str | None = field(default=None, metadata={"help": "Split of the shards to test on, not --test."})
+    validation: float = field(
+        default=0.15, metadata={"help": "Share of the places of --train_split to choose the best model on."}
+    )
+    test: float = field(default=0.15, metadata={"help": "Share of the places of --train_split to test on."})
+    split_seed: int = field(default=0, metadata={"help": "Chooses the places."})
+    train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many samples, drawn by --seed; larger draws hold smaller ones."}
+    )
+    crop_size: int | None = field(
+        default=None, metadata={"help": "Train on crops of this side, in pixels of the finest layer. Default: whole."}
+    )
+    flip: bool = field(default=True, metadata={"help": "Mirror and turn samples in training."})
+    modality_dropout: float = field(
+        default=0.0, metadata={"help": "Probability of leaving out a sensor of a sample in training, never all."}
+    )
+    num_workers: int = field(default=0, metadata={"help": "Processes that read and augment."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where datasets keeps its copy of the shards."})
+
+
+@dataclass
+class FinetuningArguments:
+    """How to train."""
+
+    output_dir: str = field(default="outputs/finetuning", metadata={"help": "Checkpoints, results and the model."})
+    epochs: float = field(default=30.0, metadata={"help": "Times to go through the training samples."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimisation steps, instead of --epochs."})
+    batch_size: int = field(default=16, metadata={"help": "Samples of a forward pass."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes for each step."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the head. Default: 5e-4 for full, 5e-3 for frozen, 1e-3 for lora."}
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Each block's rate is this times that of the next, embeddings have the lowest; not for adapters. "
+            "Default: 0.75, from scratch 1."
+        },
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; biases, norms, embeddings have none."})
+    warmup: float = field(default=0.05, metadata={"help": "Share of the steps in which the rate rises."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: not."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bf16 by autocast."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Save memory, compute activations twice."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps from evaluation and checkpoint to the next. Default: an epoch."}
+    )
+    patience: int = field(
+        default=10, metadata={"help": "Stop when so many evaluations in a row are no better; 0: never."}
+    )
+    best_metric: str | None = field(
+        default=None, metadata={"help": "Metric that chooses the best model. Default: see above."}
+    )
+    bootstrap: int = field(default=1000, metadata={"help": "Resampled sets of test places, for the intervals."})
+    seed: int = field(default=0, metadata={"help": "Of new weights, order, augmentation and --train_samples."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run in output_dir; do not go on with it."})
+    stop_after: int | None = field(default=None, metadata={"help": "End this session at a step, as if interrupted."})
+    report_to: list[str] | None = field(default=None, metadata={"help": "Trackers, like tensorboard. Default: none."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Repository to push the model to at the end."})
+
+
+class Stop(SystemExit):
+    """An end with a message for the user and without a traceback."""
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a script's docstring, and shows defaults."""
+
+
+def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | None = None) -> tuple:
+    """Arguments from the command line, after those of a JSON or YAML file if the first is one."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(kinds, description=description)
+    parser.formatter_class = Formatter
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        file, *argv = argv
+        values = read_mapping(file)
+        known = {entry.name for kind in kinds for entry in fields(kind)}
+        if unknown := sorted(set(values) - known):
+            raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def read_mapping(file: str) -> dict[str, Any]:
+    """Of a JSON or YAML file."""
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise Stop(f"Cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise Stop(f"{file} must hold a mapping.")
+    return values
+
+
+def assignments(option: str, values: list[str] | dict[str, Any] | None) -> dict[str, Any]:
+    """`["a=b", ...]` from the command line, or a mapping from a file, as a mapping."""
+    if values is None or isinstance(values, dict):
+        return dict(values or {})
+    pairs = [str(value).split("=") for value in ([values] if isinstance(values, str) else values)]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise Stop(f"{option} takes name=value, got {values}.")
+    return dict(pairs)
