@@ -5,13 +5,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help quickstart test test-slow lint format benchmark clean
+.PHONY: help quickstart test test-slow lint format benchmark evaluate clean
 
 help:
 	@echo "make quickstart   load the pretrained mapex-nano, prune it for Sentinel-1, predict on real patches, draw"
 	@echo "make test         run the tests but the slow ones;  make test-slow: those, of several processes"
 	@echo "make lint         check style;    make format: mend it"
 	@echo "make benchmark    speed side by side: transformers' ViT, reading shards, loading pruned, training"
+	@echo "make evaluate     fine-tune on every task by every method and print tables (needs shards/, takes hours)"
 	@echo "make clean        remove the environment, caches and outputs"
 
 # torch first and by itself: then nothing else chooses a build of it.
@@ -44,6 +45,10 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/hub.py
 	$(BIN)/python benchmarks/pretraining.py
 	$(BIN)/python benchmarks/finetuning.py
+
+# On the shards of docs/pretraining.md, below shards/: hours on two cores; an interrupted run is gone on with.
+evaluate: $(VENV)/.ready
+	$(BIN)/python examples/evaluate_tasks.py
 
 clean:
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis

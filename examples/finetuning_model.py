@@ -11,7 +11,7 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 
-LEARNING_RATES = {"full": 5e-4, "frozen": 5e-3, "lora": 1e-3}
+LEARNING_RATES = {"full": 1e-3, "frozen": 5e-3, "lora": 3e-3}
 
 
 def build_model(model_class: type, args: ModelArguments, modalities: dict[str, list[str] | None], **config_fields):

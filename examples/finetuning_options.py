@@ -95,7 +95,7 @@ class FinetuningArguments:
     batch_size: int = field(default=16, metadata={"help": "Samples of a forward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes for each step."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the head. Default: 5e-4 for full, 5e-3 for frozen, 1e-3 for lora."}
+        default=None, metadata={"help": "Of the head. Default: 1e-3 for full, 5e-3 for frozen, 3e-3 for lora."}
     )
     layer_decay: float | None = field(
         default=None,

@@ -26,6 +26,7 @@ from finetuning_results import Scores, intervals, peak_memory, results_table
 from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator
 from modeling_mapex.image_processing_mapex import MapexImageProcessor
+from modeling_mapex.pruning_mapex import prune_config, resolve_modalities
 
 
 PIXELS = 300  # of each training chip
@@ -88,8 +89,7 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
         scores = run_pixel_regression.RegressionScores()
 
     whole = MapexConfig.from_pretrained(model_args.model)
-    specs = {name: whole.modalities[name] for name in data.modalities}
-    config = MapexConfig(modalities=specs, **{key: getattr(whole, key) for key in ("hidden_size", "num_hidden_layers")})
+    config = prune_config(whole, resolve_modalities(whole, data.modalities), whole.expert_ids)
     collator = MapexCollator(MapexImageProcessor.from_config(config), **options)
     generator = np.random.default_rng(args.seed)
 

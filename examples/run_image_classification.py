@@ -5,7 +5,7 @@ r"""Fine-tune MAPEX to classify chips: one label each, or several.
         --output_dir outputs/eurosat
     # the encoder frozen, only a linear head trained; 10 samples of each class
     python examples/run_image_classification.py --shards shards/eurosat_rgb --modalities rgb --method frozen \
-        --shots 10 --output_dir outputs/eurosat-frozen
+        --learning_rate 0.05 --shots 10 --output_dir outputs/eurosat-frozen
     # low-rank adapters in attention and experts (pip install peft), one expert a layer, merged and pushed
     python examples/run_image_classification.py --shards shards/eurosat_rgb --modalities rgb --experts_per_layer 1 \
         --method lora --output_dir outputs/eurosat-lora --push_to_hub me/mapex-nano-eurosat

@@ -1,4 +1,4 @@
-"""Commands of the README, docs/pretraining.md and the scripts' own docstrings: scripts and files exist, and options are
+"""Commands of the README, the documentation and the scripts' own docstrings: scripts and files exist, and options are
 those that the scripts have.
 """
 
@@ -14,17 +14,37 @@ from test_readme import blocks
 
 pytest.importorskip("accelerate", reason="the scripts need the extras `data` and `train`")
 pytest.importorskip("matplotlib", reason="the scripts need the extra `viz`")
+pytest.importorskip("sklearn", reason="the scripts need the extra `evaluate`")
 pytest.importorskip("torchdata", reason="the scripts need the extras `data` and `train`")
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
+import evaluate_frozen  # noqa: E402
 import evaluate_pretraining  # noqa: E402
+import evaluate_tasks  # noqa: E402
+import finetuning_options  # noqa: E402
 import plot_pretraining  # noqa: E402
+import run_image_classification  # noqa: E402
 import run_pretraining  # noqa: E402
+import run_semantic_segmentation  # noqa: E402
 
 
+FINETUNING = (
+    finetuning_options.ModelArguments,
+    finetuning_options.DataArguments,
+    finetuning_options.FinetuningArguments,
+)
 OPTIONS = {
+    "run_image_classification.py": (*FINETUNING, run_image_classification.ClassificationArguments),
+    "run_semantic_segmentation.py": (*FINETUNING, run_semantic_segmentation.SegmentationArguments),
+    "run_pixel_regression.py": FINETUNING,
+    "evaluate_frozen.py": (
+        evaluate_frozen.ModelArguments,
+        evaluate_frozen.DataArguments,
+        evaluate_frozen.ProbeArguments,
+    ),
+    "evaluate_tasks.py": (evaluate_tasks.Arguments,),
     "run_pretraining.py": (
         run_pretraining.ModelArguments,
         run_pretraining.DataArguments,
@@ -37,9 +57,8 @@ OPTIONS = {
 
 def commands() -> list[list[str]]:
     """All command lines that name one of the scripts, in words."""
-    texts = [
-        text for name in ("README.md", "docs/pretraining.md") for text in blocks((ROOT / name).read_text(), "bash")
-    ]
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [text for document in documents for text in blocks(document.read_text(), "bash")]
     for script in OPTIONS:
         docstring = ast.get_docstring(ast.parse((ROOT / "examples" / script).read_text()))
         texts.append("\n".join(line for line in docstring.splitlines() if line.startswith("    ")))
