@@ -9,19 +9,17 @@ is zero after normalisation, and a feature says so.
 import json
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import run_image_classification
-import run_pixel_regression
-import run_semantic_segmentation
 import torch
 from baselines import to_image
-from finetuning_data import Data, draw_samples, read_data
-from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, read_mapping
-from finetuning_results import Scores, intervals, peak_memory, results_table
+from finetuning_data import Data
+from finetuning_options import FinetuningArguments, ModelArguments, Stop, read_mapping
+from finetuning_results import intervals, peak_memory, results_table
+from finetuning_tasks import open_task, part_of
+from run_semantic_segmentation import IGNORE_INDEX
 
 from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator
@@ -31,11 +29,6 @@ from modeling_mapex.pruning_mapex import prune_config, resolve_modalities
 
 PIXELS = 300  # of each training chip
 TREES = 200
-
-
-def part_of(kind: type, settings: dict[str, Any]):
-    """Those of the settings that are options of `kind`."""
-    return kind(**{entry.name: settings[entry.name] for entry in fields(kind) if entry.name in settings})
 
 
 def statistics_of(image: torch.Tensor) -> np.ndarray:
@@ -60,37 +53,16 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
 
     settings = dict(settings)
     script = settings.pop("task_script", None)
-    kinds = {
-        "run_image_classification.py": ("class",),
-        "run_semantic_segmentation.py": ("mask",),
-        "run_pixel_regression.py": ("map",),
-    }
-    if script not in kinds:
-        raise Stop(f"`task_script` must be one of {list(kinds)}, got {script}.")
-    args = part_of(FinetuningArguments, settings)
-    model_args, data_args = part_of(ModelArguments, settings), part_of(DataArguments, settings)
-    data = read_data(model_args, data_args, kinds[script], args.seed)
-    if settings.get("shots"):
-        groups = np.array(list(data.sides["train"].labels()))
-        data.sides["train"] = draw_samples(data.sides["train"], settings["shots"], args.seed, groups)
-    options: dict[str, Any] = {"label": data.label}
+    task = open_task(script, settings)
+    data, scores = task.data, task.scores
+    if data.spec["kind"] == "multi_label":
+        raise Stop("The forest gives one label of a chip: there is no baseline for several.")
+    args, model_args = part_of(FinetuningArguments, settings), part_of(ModelArguments, settings)
     whole_chips = script == "run_image_classification.py"
-    if whole_chips:
-        scores: Scores = run_image_classification.SingleLabelScores(len(data.spec["names"]))
-    elif script == "run_semantic_segmentation.py":
-        found = run_semantic_segmentation.count_codes(data)
-        names, codes = run_semantic_segmentation.choose_classes(
-            settings.get("classes"), data, set().union(*found.values())
-        )
-        options |= {"label_codes": codes, "ignore_index": run_semantic_segmentation.IGNORE_INDEX}
-        scores = run_semantic_segmentation.SegmentationScores(len(names))
-    else:
-        options["label_nodata"] = data.spec.get("nodata")
-        scores = run_pixel_regression.RegressionScores()
 
     whole = MapexConfig.from_pretrained(model_args.model)
     config = prune_config(whole, resolve_modalities(whole, data.modalities), whole.expert_ids)
-    collator = MapexCollator(MapexImageProcessor.from_config(config), **options)
+    collator = MapexCollator(MapexImageProcessor.from_config(config), **task.collator_options)
     generator = np.random.default_rng(args.seed)
 
     start, features, targets = time.perf_counter(), [], []
@@ -101,7 +73,7 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
             continue
         image = torch.nn.functional.interpolate(image, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         pixels, values = image[0].flatten(1).T.numpy(), labels.flatten().numpy()
-        known = np.flatnonzero(~np.isnan(values) if values.dtype.kind == "f" else values != options["ignore_index"])
+        known = np.flatnonzero(~np.isnan(values) if values.dtype.kind == "f" else values != IGNORE_INDEX)
         chosen = generator.permutation(known)[:PIXELS]
         features.append(pixels[chosen])
         targets.append(values[chosen])

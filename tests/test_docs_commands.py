@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate_frozen  # noqa: E402
+import evaluate_missing  # noqa: E402
 import evaluate_pretraining  # noqa: E402
 import evaluate_tasks  # noqa: E402
 import finetuning_options  # noqa: E402
@@ -44,6 +45,7 @@ OPTIONS = {
         evaluate_frozen.DataArguments,
         evaluate_frozen.ProbeArguments,
     ),
+    "evaluate_missing.py": (evaluate_missing.Arguments,),
     "evaluate_tasks.py": (evaluate_tasks.Arguments,),
     "run_pretraining.py": (
         run_pretraining.ModelArguments,

@@ -1,0 +1,148 @@
+"""What a fine-tuned model loses where a sensor is missing at inference: its metrics against the share of test samples
+that lack it.
+
+    python examples/run_pixel_regression.py --shards shards/biomass --modalities s1 s2 --modality_dropout 0.3 \\
+        --output_dir outputs/biomass
+    python examples/evaluate_missing.py --run outputs/biomass --missing s2
+
+Test samples are those of the run, and the share is of those that have the sensor and another one. Larger shares hold
+the samples of smaller ones. With `--output` the results go to a JSON file, and the curve to a picture beside it.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from finetuning_options import Stop
+from finetuning_results import can_draw, intervals
+from finetuning_tasks import SCRIPTS, Task, open_task
+from transformers import HfArgumentParser
+
+from modeling_mapex import MapexConfig
+from modeling_mapex.collation_mapex import MapexCollator
+from modeling_mapex.image_processing_mapex import MapexImageProcessor
+
+
+@dataclass
+class Arguments:
+    run: str = field(metadata={"help": "Folder of a finished run of a fine-tuning script."})
+    missing: str = field(metadata={"help": "The sensor that is missing."})
+    shares: list[float] = field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], metadata={"help": "Shares of the samples that lack it."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Samples of a forward pass."})
+    seed: int = field(default=0, metadata={"help": "Chooses the samples."})
+    bootstrap: int = field(default=1000, metadata={"help": "Resampled sets of test places, for the intervals."})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+
+
+def open_run(folder: Path) -> tuple[Any, Task]:
+    """Model and task of a finished run."""
+    if not (folder / "results.json").is_file():
+        raise Stop(f"{folder} holds no finished run of a fine-tuning script: there is no results.json.")
+    config = MapexConfig.from_pretrained(folder / "model")
+    scripts = {model_class.__name__: script for script, (model_class, _) in SCRIPTS.items()}
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in scripts:
+        raise Stop(f"The model in {folder} is a {architecture}, not one of {list(scripts)}.")
+    script = scripts[architecture]
+    task = open_task(script, json.loads((folder / "run.json").read_text()))
+    return SCRIPTS[script][0].from_pretrained(folder / "model").eval(), task
+
+
+def can_lack(task: Task, missing: str) -> np.ndarray:
+    """Test samples that have the sensor and another one, as positions."""
+    chips = task.data.sides["test"]
+    present = {
+        name: np.array([shape is not None for shape in chips.column(f"{stored}__shape")])
+        for stored, name in chips.names.items()
+    }
+    others = [there for name, there in present.items() if name != missing]
+    return np.flatnonzero(present[missing] & np.any(others, axis=0))
+
+
+def without(sample: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**sample, "images": {**sample["images"], name: None}}
+
+
+@torch.inference_mode()
+def score(model, task: Task, missing: str, lacking: set[int], batch_size: int) -> np.ndarray:
+    """What the scores keep of each test sample, those of `lacking` without the sensor."""
+    collator = MapexCollator(MapexImageProcessor.from_config(model.config), **task.collator_options)
+    chips, rows = task.data.sides["test"], []
+    for start in range(0, len(chips), batch_size):
+        indices = range(start, min(start + batch_size, len(chips)))
+        samples = chips.__getitems__(list(indices))
+        samples = [without(sample, missing) if i in lacking else sample for i, sample in zip(indices, samples)]
+        batch = collator(samples).to(model.device)
+        rows.append(task.rows(model(**batch).logits, batch["labels"]))
+    return np.concatenate(rows)
+
+
+def main(args: Arguments) -> list[dict[str, Any]]:
+    if not all(0.0 <= share <= 1.0 for share in args.shares):
+        raise Stop(f"--shares lie between 0 and 1, got {args.shares}.")
+    model, task = open_run(Path(args.run))
+    names = list(model.config.modalities)
+    if args.missing not in names or len(names) < 2:
+        raise Stop(f"The model takes {names}: --missing must be one of several, got {args.missing}.")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    chips = task.data.sides["test"]
+    order = np.random.default_rng(args.seed).permutation(can_lack(task, args.missing))
+    results = []
+    for share in args.shares:
+        lacking = set(order[: round(share * len(order))].tolist())
+        table = score(model, task, args.missing, lacking, args.batch_size)
+        results.append(
+            {
+                "share": share,
+                "metrics": task.scores.metrics(table, np.ones(len(table))),
+                "intervals": intervals(task.scores, table, chips.places(), args.bootstrap),
+            }
+        )
+    print(f"{len(order)} of {len(chips)} test samples have {args.missing} and another sensor.\n")
+    print(as_table(results, args.missing))
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=1))
+        if can_draw():
+            picture(results, args.missing, task.scores.best).savefig(Path(args.output).with_suffix(".png"), dpi=120)
+    return results
+
+
+def as_table(results: list[dict[str, Any]], missing: str) -> str:
+    metrics = list(results[0]["metrics"])
+    lines = [f"| share without {missing} | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
+    for entry in results:
+        cells = []
+        for name in metrics:
+            bounds = entry["intervals"].get(name)
+            cells.append(f"{entry['metrics'][name]:.4g}" + (" [{:.4g}, {:.4g}]".format(*bounds) if bounds else ""))
+        lines.append(f"| {entry['share']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(results: list[dict[str, Any]], missing: str, metric: str):
+    """The metric against the share, with its intervals.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    shares = [entry["share"] for entry in results]
+    axis.plot(shares, [entry["metrics"][metric] for entry in results], marker="o")
+    if all(metric in entry["intervals"] for entry in results):
+        axis.fill_between(shares, *zip(*(entry["intervals"][metric] for entry in results)), alpha=0.25, linewidth=0)
+    axis.set_xlabel(f"share of samples without {missing}")
+    axis.set_ylabel(metric)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses())
