@@ -217,11 +217,6 @@ class Finetuning:
         if self.evaluated_alone:
             print("Samples differ in size: they are evaluated whole, one at a time.")
         self.try_batch(model)
-        if self.args.bf16 and model_args.method == "lora" and model.config.routed_layers:
-            raise Stop(
-                "Adapters of experts are not computed in another precision than the experts: leave out --bf16 with "
-                "--method lora, or keep one expert a layer by --experts_per_layer 1."
-            )
         self.model = choose_trained(model, model_args)
         self.state: TrainerState | None = None
         self.workers = data_args.num_workers

@@ -397,7 +397,7 @@ class MapexTopKRouter(nn.Module):
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
-class MapexExperts(nn.Module):
+class MapexStackedExperts(nn.Module):
     """Expert MLPs, stacked in 3-D parameters; `experts_implementation` chooses how they are run."""
 
     def __init__(self, config: MapexConfig, num_experts: int):
@@ -436,7 +436,36 @@ class MapexExperts(nn.Module):
         return output
 
 
-def _stack_experts(module: MapexExperts, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+class MapexExperts(MapexStackedExperts):
+    """The experts, under autocast in its precision: the grouped products do not know of autocast by themselves."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.LongTensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As [`MapexStackedExperts.forward`]."""
+        device_type = hidden_states.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        dtype = torch.get_autocast_dtype(device_type)
+        experts = _CastExperts(self, dtype)
+        return MapexStackedExperts.forward(experts, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+
+
+class _CastExperts:
+    """Experts whose tensors are of another dtype, cast when they are asked for: what an adapter has put in their place
+    is cast too.
+    """
+
+    def __init__(self, experts: MapexExperts, dtype: torch.dtype):
+        self._experts = experts
+        self._dtype = dtype
+
+    def __getattr__(self, name: str):
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _stack_experts(module: MapexStackedExperts, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
     """Before `load_state_dict`: files hold a key for each expert. `from_pretrained` converts them, but `Trainer` loads
     the best model, and the one it goes on with, from the file as it is, and would pass over them with a warning.
     """
@@ -465,22 +494,12 @@ class MapexSparseMoeBlock(nn.Module):
                 values.index_select(0, present) for values in (tokens, logits, weights, expert_index, modality_ids)
             )
         if routing.recorder is None:
-            output = self._run_experts(tokens, expert_index, weights)
+            output = self.experts(tokens, expert_index, weights)
         else:
             output = self._recorded(tokens, logits, weights, expert_index, modality_ids, routing.recorder)
         if present is not None:
             output = output.new_zeros(hidden_states.shape).flatten(0, 1).index_copy(0, present, output)
         return output.view_as(hidden_states)
-
-    def _run_experts(self, tokens: torch.Tensor, expert_index: torch.LongTensor, weights: torch.Tensor) -> torch.Tensor:
-        """The experts, under autocast in its precision: the grouped products do not know of autocast by themselves."""
-        device_type = tokens.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return self.experts(tokens, expert_index, weights)
-        dtype = torch.get_autocast_dtype(device_type)
-        parameters = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
-        inputs = (tokens.to(dtype), expert_index, weights.to(dtype))
-        return torch.func.functional_call(self.experts, parameters, inputs)
 
     def _recorded(
         self,
@@ -505,7 +524,7 @@ class MapexSparseMoeBlock(nn.Module):
         count = expert_index.shape[1]
         repeated = tokens.repeat_interleave(count, dim=0)  # (T * n, D)
         ones = repeated.new_ones(repeated.shape[0], 1)
-        return self._run_experts(repeated, expert_index.reshape(-1, 1), ones).view(-1, count, tokens.shape[1])
+        return self.experts(repeated, expert_index.reshape(-1, 1), ones).view(-1, count, tokens.shape[1])
 
 
 def _norms(outputs: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,21 @@ class TestWaysToRun:
             assert actual[name].dtype == torch.float32
             assert (actual[name] - gradient).norm() < 0.1 * gradient.norm() + 1e-3, name
 
+    def test_adapted_experts_follow_autocast(self):
+        """Every forward pass gives the same: peft puts other tensors in the place of the experts' parameters."""
+        peft = pytest.importorskip("peft", reason="adapters need the extra `lora`")
+        model = tiny_model(MapexForImageClassification, num_labels=3, initializer_range=0.02)
+        pixel_values = tiny_inputs()
+        options = {"target_parameters": ["mlp.experts.up_proj", "mlp.experts.down_proj"], "init_lora_weights": False}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).eval()
+        with torch.no_grad():
+            expected = adapted(pixel_values=pixel_values).logits
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                first, second = (adapted(pixel_values=pixel_values).logits for _ in range(2))
+            plain = adapted.unload()(pixel_values).logits
+        assert torch.equal(first, second)
+        assert (first.float() - expected).norm() < 0.3 * (plain - expected).norm()
+
     def test_meta_device(self):
         with torch.device("meta"):
             model = MapexModel(tiny_config())
