@@ -40,7 +40,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from probes import KINDS, METRICS, MOST_ITERATIONS, Stop, logistic_scores, neighbor_scores, summarize
+from command_line import Stop
+from probes import KINDS, METRICS, MOST_ITERATIONS, logistic_scores, neighbor_scores, summarize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser

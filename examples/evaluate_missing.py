@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from finetuning_options import Stop
+from command_line import Stop
 from finetuning_results import can_draw, intervals
 from finetuning_tasks import SCRIPTS, Task, open_task
 from transformers import HfArgumentParser

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_pretraining import DataArguments, Stop, held_out_samples, usable_modalities
+from command_line import Stop
+from run_pretraining import DataArguments, held_out_samples, usable_modalities
 from tqdm import tqdm
 from transformers import HfArgumentParser
 

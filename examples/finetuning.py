@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import Stop
 from finetuning_data import Data, check_samples, differ_in_size
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
-from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, intervals, peak_memory, results_table
 from transformers import (
     EarlyStoppingCallback,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from finetuning_options import DataArguments, ModelArguments, Stop, assignments
+from command_line import Stop
+from finetuning_options import DataArguments, ModelArguments, assignments
 from torch.utils.data import Dataset, get_worker_info
 
 from modeling_mapex import MapexConfig

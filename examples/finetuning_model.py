@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from baselines import BASELINES
-from finetuning_options import ModelArguments, Stop
+from command_line import Stop
+from finetuning_options import ModelArguments
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 

@@ -1,16 +1,9 @@
 """Options of the fine-tuning scripts, from the command line or a file."""
 
-import argparse
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-from transformers import (
-    HfArgumentParser,
-)
+from command_line import Stop
 
 
 @dataclass
@@ -124,40 +117,6 @@ class FinetuningArguments:
     stop_after: int | None = field(default=None, metadata={"help": "End this session at a step, as if interrupted."})
     report_to: list[str] | None = field(default=None, metadata={"help": "Trackers, like tensorboard. Default: none."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository to push the model to at the end."})
-
-
-class Stop(SystemExit):
-    """An end with a message for the user and without a traceback."""
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a script's docstring, and shows defaults."""
-
-
-def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | None = None) -> tuple:
-    """Arguments from the command line, after those of a JSON or YAML file if the first is one."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(kinds, description=description)
-    parser.formatter_class = Formatter
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        file, *argv = argv
-        values = read_mapping(file)
-        known = {entry.name for kind in kinds for entry in fields(kind)}
-        if unknown := sorted(set(values) - known):
-            raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
-        parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(args=argv)
-
-
-def read_mapping(file: str) -> dict[str, Any]:
-    """Of a JSON or YAML file."""
-    try:
-        values = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise Stop(f"Cannot read {file}: {error}") from error
-    if not isinstance(values, dict):
-        raise Stop(f"{file} must hold a mapping.")
-    return values
 
 
 def assignments(option: str, values: list[str] | dict[str, Any] | None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import Stop
 from finetuning_data import Chips
-from finetuning_options import Stop
 from transformers import (
     EvalPrediction,
 )

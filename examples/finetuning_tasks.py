@@ -10,8 +10,9 @@ import run_image_classification
 import run_pixel_regression
 import run_semantic_segmentation
 import torch
+from command_line import Stop
 from finetuning_data import Data, draw_samples, read_data
-from finetuning_options import DataArguments, ModelArguments, Stop
+from finetuning_options import DataArguments, ModelArguments
 from finetuning_results import Scores
 
 from modeling_mapex import MapexForImageClassification, MapexForPixelRegression, MapexForSemanticSegmentation

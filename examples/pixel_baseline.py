@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import to_image
+from command_line import Stop, read_mapping
 from finetuning_data import Data
-from finetuning_options import FinetuningArguments, ModelArguments, Stop, read_mapping
+from finetuning_options import FinetuningArguments, ModelArguments
 from finetuning_results import intervals, peak_memory, results_table
 from finetuning_tasks import open_task, part_of
 from run_semantic_segmentation import IGNORE_INDEX

@@ -6,16 +6,13 @@ import warnings
 from typing import Any
 
 import numpy as np
+from command_line import Stop
 
 
 KINDS = ("class", "multi_label")
 METRICS = {"class": ("accuracy", "macro F1"), "multi_label": ("mean average precision", "micro F1")}
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))  # C of the logistic regression
 MOST_ITERATIONS = 1000
-
-
-class Stop(SystemExit):
-    """An end with a message for the user and without a traceback."""
 
 
 def neighbor_scores(values: np.ndarray, targets: np.ndarray, others: np.ndarray, neighbors: int) -> np.ndarray:

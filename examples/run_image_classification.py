@@ -23,11 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from command_line import Stop, parse_arguments
 from finetuning import Finetuning, Run
 from finetuning_data import Data, draw_samples, read_data
 from finetuning_model import build_model
-from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, parse_arguments
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, can_draw, choose_class_weights, confusion_picture, warn_of_absent
+from probes import average_precision
 from transformers import set_seed
 
 from modeling_mapex import MapexForImageClassification
@@ -96,7 +98,9 @@ class MultiLabelScores(Scores):
         occurs = weights @ targets > 0
         if not occurs.any():
             return {}
-        precision = [average_precision(*pair, weights) for pair in zip(logits.T[occurs], targets.T[occurs])]
+        precision = [
+            average_precision(*pair, weights[None]).item() for pair in zip(targets.T[occurs], logits.T[occurs])
+        ]
         right, predicted, true = label_counts(logits, targets, weights)
         return {
             "mean_average_precision": float(np.mean(precision)),
@@ -114,16 +118,6 @@ def label_counts(logits: np.ndarray, targets: np.ndarray, weights: np.ndarray) -
     """Rightly predicted, predicted and true samples of each class."""
     predicted = logits > 0
     return weights @ (predicted * targets), weights @ predicted, weights @ targets
-
-
-def average_precision(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> float:
-    """Sum over thresholds of precision times the gain in recall, as scikit-learn's `average_precision_score`."""
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # of equal scores all pass the threshold together
-    right = np.cumsum((weights * targets)[order])[last]
-    passed = np.cumsum(weights[order])[last]
-    precision = right / np.maximum(passed, 1e-12)
-    return float(np.sum(np.diff(right, prepend=0.0) * precision) / right[-1])
 
 
 def count_labels(data: Data) -> dict[str, np.ndarray]:
@@ -158,7 +152,8 @@ def describe(data: Data, scores: Scores, table: np.ndarray) -> dict[str, dict[st
         right, predicted, true = label_counts(logits, targets, ones)
         extra = {
             "average_precision": [
-                average_precision(*pair, ones) if pair[1].any() else None for pair in zip(logits.T, targets.T)
+                average_precision(*pair, ones[None]).item() if pair[0].any() else None
+                for pair in zip(targets.T, logits.T)
             ]
         }
     columns = {

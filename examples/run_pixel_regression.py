@@ -23,10 +23,11 @@ import math
 
 import numpy as np
 import torch
+from command_line import Stop, parse_arguments
 from finetuning import Finetuning, Run
 from finetuning_data import Data, read_data
 from finetuning_model import build_model
-from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, parse_arguments
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, can_draw, choose_shown, picture_of, predict
 from transformers import set_seed
 

@@ -22,11 +22,10 @@ import json
 import math
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -34,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, send_to_device, set_seed
+from command_line import Stop, parse_arguments
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_scheduler
+from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from modeling_mapex import MapexConfig, MapexForPreTraining
@@ -140,41 +139,6 @@ class PretrainingArguments:
 
 # A run cannot go on with others.
 FIXED_SETTINGS = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "base_learning_rate", "seed")
-
-
-class Stop(SystemExit):
-    """An end with a message for the user and without a traceback."""
-
-
-def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
-    """Arguments from the command line, after those of a JSON or YAML file if the first is one."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((ModelArguments, DataArguments, PretrainingArguments), description=__doc__)
-    parser.formatter_class = argparse_formatter()
-    values = {}
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        file, *argv = argv
-        try:
-            values = yaml.safe_load(Path(file).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise Stop(f"Cannot read the options in {file}: {error}") from error
-        if not isinstance(values, dict):
-            raise Stop(f"{file} must hold a mapping from option to value.")
-        known = {entry.name for kind in parser.dataclass_types for entry in fields(kind)}
-        if unknown := sorted(set(values) - known):
-            raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
-        parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(args=argv)
-
-
-def argparse_formatter():
-    """Keeps the line breaks of this file's docstring, and shows defaults."""
-    import argparse
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    return Formatter
 
 
 def build_model(args: ModelArguments) -> MapexForPreTraining:
@@ -773,4 +737,4 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments())
+    main(*parse_arguments((ModelArguments, DataArguments, PretrainingArguments), __doc__))

@@ -31,10 +31,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import Stop, parse_arguments, read_mapping
 from finetuning import Finetuning, Run
 from finetuning_data import Data, read_data
 from finetuning_model import build_model
-from finetuning_options import DataArguments, FinetuningArguments, ModelArguments, Stop, parse_arguments, read_mapping
+from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import (
     Scores,
     can_draw,

@@ -10,8 +10,8 @@ from test_finetuning import checkpoint, options, run, shards  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import command_line
 import evaluate_missing
-import finetuning_options
 
 
 @pytest.fixture(scope="module")
@@ -55,5 +55,5 @@ def test_what_is_refused(finished, tmp_path):
         ({"shares": [2.0]}, "between 0 and 1"),
         ({"run": str(tmp_path)}, "holds no finished run"),
     ):
-        with pytest.raises(finetuning_options.Stop, match=words):
+        with pytest.raises(command_line.Stop, match=words):
             evaluate_missing.main(arguments(folder, **changes))

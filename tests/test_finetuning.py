@@ -35,6 +35,7 @@ from modeling_mapex.writing_mapex import Item, write_shards
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import command_line  # noqa: E402
 import finetuning  # noqa: E402
 import finetuning_data  # noqa: E402
 import finetuning_model  # noqa: E402
@@ -184,7 +185,7 @@ def run(options: dict, folder: Path, task: str, **changes) -> dict[str, float]:
     )
     file = folder.parent / f"{folder.name}.json"
     file.write_text(json.dumps({**options, "label": task, "output_dir": str(folder), **changes}))
-    return script.main(*finetuning_options.parse_arguments(kinds, script.__doc__, [str(file)]))
+    return script.main(*command_line.parse_arguments(kinds, script.__doc__, [str(file)]))
 
 
 def results_of(folder: Path) -> dict:
@@ -304,7 +305,7 @@ class TestLearning:
     def test_samples_of_several_sizes(self, options, tmp_path, capsys):
         shards = write(tmp_path / "shards", 48, read_larger)
         changes = {"shards": shards, "max_steps": 2}
-        with pytest.raises(finetuning_options.Stop, match=r"differ in size.*--crop_size"):
+        with pytest.raises(command_line.Stop, match=r"differ in size.*--crop_size"):
             run(options, tmp_path / "run", "flood", **changes)
         run(options, tmp_path / "run", "flood", **changes, crop_size=16)
         assert "evaluated whole, one at a time" in capsys.readouterr().out
@@ -335,7 +336,7 @@ class TestGoingOn:
             changes = {"method": "lora", "max_steps": 8, "eval_steps": 4}
             expected = tmp_path / "straight"
             run(options, expected, label, **changes)
-        with pytest.raises(finetuning_options.Stop, match=r"Stopped at step 6\. Run the same command again"):
+        with pytest.raises(command_line.Stop, match=r"Stopped at step 6\. Run the same command again"):
             run(options, tmp_path / "run", label, **changes, stop_after=6)
         run(options, tmp_path / "run", label, **changes)
         assert "Going on from step 6." in capsys.readouterr().out
@@ -352,7 +353,7 @@ class TestGoingOn:
 
         with monkeypatch.context() as patch:
             patch.setattr(finetuning.Session, "on_step_end", interrupt)
-            with pytest.raises(finetuning_options.Stop, match="Stopped at step 11"):
+            with pytest.raises(command_line.Stop, match="Stopped at step 11"):
                 run(options, tmp_path / "run", "crop", **AUGMENTED)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         run(options, tmp_path / "run", "crop", **AUGMENTED)
@@ -374,7 +375,7 @@ class TestGoingOn:
     def test_patience_outlives_a_stop(self, options, tmp_path):
         """Evaluations without progress before the stop count."""
         changes = {"patience": 3, "learning_rate": 0.0, "max_steps": 60, "eval_steps": 2}
-        with pytest.raises(finetuning_options.Stop):
+        with pytest.raises(command_line.Stop):
             run(options, tmp_path / "run", "crop", **changes, stop_after=6)
         run(options, tmp_path / "run", "crop", **changes)
         assert results_of(tmp_path / "run")["steps"] == 8  # best at 2, no better at 4, 6 and 8
@@ -391,13 +392,13 @@ class TestGoingOn:
         """Nothing is run again, and the metrics are given."""
         assert run(options, straight[0], "crop", **AUGMENTED) == straight[1]
         assert "is finished" in capsys.readouterr().out
-        with pytest.raises(finetuning_options.Stop, match="hf upload me/model"):
+        with pytest.raises(command_line.Stop, match="hf upload me/model"):
             run(options, straight[0], "crop", **AUGMENTED, push_to_hub="me/model")
 
     def test_other_settings_and_overwrite(self, options, tmp_path):
         changes = {"max_steps": 2, "eval_steps": 2}
         run(options, tmp_path / "run", "crop", **changes)
-        with pytest.raises(finetuning_options.Stop, match=r"other settings \(learning_rate: 0.003 -> 0.1\)"):
+        with pytest.raises(command_line.Stop, match=r"other settings \(learning_rate: 0.003 -> 0.1\)"):
             run(options, tmp_path / "run", "crop", **changes, learning_rate=0.1)
         run(options, tmp_path / "run", "crop", **changes, learning_rate=0.1, overwrite=True)
         assert results_of(tmp_path / "run")["settings"]["learning_rate"] == 0.1
@@ -623,7 +624,7 @@ class TestClasses:
         ],
     )
     def test_that_cannot_be(self, given, message):
-        with pytest.raises(finetuning_options.Stop, match=message):
+        with pytest.raises(command_line.Stop, match=message):
             self.choose(given, {1, 2, 3})
 
     def test_of_options(self, options, tmp_path):
@@ -674,30 +675,30 @@ class TestStops:
         ],
     )
     def test_options(self, options, tmp_path, label, changes, message):
-        with pytest.raises(finetuning_options.Stop, match=message):
+        with pytest.raises(command_line.Stop, match=message):
             run(options, tmp_path / "run", label, **changes)
         assert not (tmp_path / "run" / "run.json").exists()  # the mended command is not taken for another run
 
     def test_file_of_options(self, tmp_path):
-        with pytest.raises(finetuning_options.Stop, match=r"Cannot read nowhere\.yaml"):
-            finetuning_options.parse_arguments((finetuning_options.ModelArguments,), "", ["nowhere.yaml"])
+        with pytest.raises(command_line.Stop, match=r"Cannot read nowhere\.yaml"):
+            command_line.parse_arguments((finetuning_options.ModelArguments,), "", ["nowhere.yaml"])
         (tmp_path / "list.yaml").write_text("- 1")
-        with pytest.raises(finetuning_options.Stop, match="must hold a mapping"):
-            finetuning_options.parse_arguments((finetuning_options.ModelArguments,), "", [str(tmp_path / "list.yaml")])
+        with pytest.raises(command_line.Stop, match="must hold a mapping"):
+            command_line.parse_arguments((finetuning_options.ModelArguments,), "", [str(tmp_path / "list.yaml")])
 
     def test_folder_with_something_else(self, options, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.tex").touch()
-        with pytest.raises(finetuning_options.Stop, match=r"holds something else than a run \(\['thesis.tex'\]\)"):
+        with pytest.raises(command_line.Stop, match=r"holds something else than a run \(\['thesis.tex'\]\)"):
             run(options, tmp_path / "run", "crop", overwrite=True)
 
     def test_folder_that_cannot_be_written(self, options, tmp_path):
         (tmp_path / "run").touch()
-        with pytest.raises(finetuning_options.Stop, match="Cannot write to --output_dir"):
+        with pytest.raises(command_line.Stop, match="Cannot write to --output_dir"):
             run(options, tmp_path / "run", "crop")
 
     def test_single_sample(self, options, tmp_path):
-        with pytest.raises(finetuning_options.Stop, match="1 usable samples of 1 places"):
+        with pytest.raises(command_line.Stop, match="1 usable samples of 1 places"):
             run(options, tmp_path / "run", "crop", shards=write(tmp_path / "shards", 1))
 
     def test_no_sample_with_the_label(self, options, tmp_path):
@@ -707,13 +708,13 @@ class TestStops:
             return sample
 
         shards = write(tmp_path / "shards", 4, unlabelled)
-        with pytest.raises(finetuning_options.Stop, match=r"No sample of the split `train`.* has `crop`"):
+        with pytest.raises(command_line.Stop, match=r"No sample of the split `train`.* has `crop`"):
             run(options, tmp_path / "run", "crop", shards=shards)
 
     def test_labels_out_of_range(self, options, tmp_path, monkeypatch):
         """Of shards that another program has written."""
         monkeypatch.setattr(finetuning_data.Chips, "labels", lambda self: iter([0, 7] * (len(self) // 2)))
-        with pytest.raises(finetuning_options.Stop, match=r"`crop` holds \[7\], but the shards name 4 classes"):
+        with pytest.raises(command_line.Stop, match=r"`crop` holds \[7\], but the shards name 4 classes"):
             run(options, tmp_path / "run", "crop")
 
     @pytest.mark.parametrize(
@@ -725,20 +726,20 @@ class TestStops:
             sample.labels["biomass"][:] = value
             return sample
 
-        with pytest.raises(finetuning_options.Stop, match=message):
+        with pytest.raises(command_line.Stop, match=message):
             run(options, tmp_path / "run", "biomass", shards=write(tmp_path / "shards", 24, constant))
 
     def test_pruned_checkpoint(self, options, tmp_path):
         whole = MapexForPreTraining.from_pretrained(options["model"])
         whole.prune_for_modalities(["s1"]).save_pretrained(tmp_path / "pruned")
-        with pytest.raises(finetuning_options.Stop, match=r"has no \['dem'\]. It has \['s1'\]. It was pruned"):
+        with pytest.raises(command_line.Stop, match=r"has no \['dem'\]. It has \['s1'\]. It was pruned"):
             run(options, tmp_path / "run", "crop", model=str(tmp_path / "pruned"), modalities=["dem"])
 
     def test_uncalibrated_checkpoint(self, options, tmp_path):
         whole = MapexForPreTraining.from_pretrained(options["model"])
         whole.config.expert_statistics = None
         whole.save_pretrained(tmp_path / "uncalibrated")
-        with pytest.raises(finetuning_options.Stop, match="No expert statistics"):
+        with pytest.raises(command_line.Stop, match="No expert statistics"):
             run(options, tmp_path / "run", "crop", model=str(tmp_path / "uncalibrated"))
 
 
@@ -757,6 +758,7 @@ def test_command_line_and_the_hub(options, tmp_path):
             import sys
             sys.path.insert(0, {str(EXAMPLES)!r})
             import run_image_classification as script
+            from command_line import *
             from finetuning_options import *
             kinds = (ModelArguments, DataArguments, script.ClassificationArguments, FinetuningArguments)
             print(script.main(*parse_arguments(kinds, script.__doc__, {argv!r})))
@@ -791,7 +793,7 @@ class TestConvNet:
         assert results["parameters"]["all"] == results["parameters"]["trained"] > 1_000_000
 
     def test_is_not_pruned_or_frozen(self, options, tmp_path):
-        with pytest.raises(finetuning_options.Stop, match="--convnet is trained whole"):
+        with pytest.raises(command_line.Stop, match="--convnet is trained whole"):
             run(options, tmp_path / "run", "crop", convnet=True, method="frozen")
-        with pytest.raises(finetuning_options.Stop, match="no code to push"):
+        with pytest.raises(command_line.Stop, match="no code to push"):
             run(options, tmp_path / "other", "crop", convnet=True, push_to_hub="me/convnet")

@@ -1,0 +1,45 @@
+"""What the scripts share of their command line: options from a file, help that keeps its lines, and how they stop."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class Stop(SystemExit):
+    """An end with a message for the user and without a traceback."""
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a script's docstring, and shows defaults."""
+
+
+def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | None = None) -> tuple:
+    """Arguments from the command line, after those of a JSON or YAML file if the first is one."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(kinds, description=description)
+    parser.formatter_class = Formatter
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        file, *argv = argv
+        values = read_mapping(file)
+        known = {entry.name for kind in kinds for entry in fields(kind)}
+        if unknown := sorted(set(values) - known):
+            raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
+        parser.set_defaults(**values)
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def read_mapping(file: str) -> dict[str, Any]:
+    """Of a JSON or YAML file."""
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise Stop(f"Cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise Stop(f"{file} must hold a mapping.")
+    return values
