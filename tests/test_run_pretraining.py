@@ -303,7 +303,7 @@ class TestStops:
         assert "['lerning_rate']" in self.stop(shards, tmp_path, lerning_rate=1.0)
 
     def test_no_such_file(self):
-        with pytest.raises(SystemExit, match="Cannot read nowhere.yaml"):
+        with pytest.raises(SystemExit, match=r"Cannot read nowhere\.yaml"):
             parse_arguments(["nowhere.yaml"])
 
     def test_unknown_sensor(self, shards, tmp_path):
