@@ -20,6 +20,7 @@ from modeling_mapex import (
 )
 from modeling_mapex.modeling_mapex import MapexPixelRegressionOutput
 from modeling_mapex.task_losses_mapex import regression_loss, segmentation_loss
+from modeling_mapex.tokens_mapex import pixels_that_count
 
 
 def to_image(
@@ -38,13 +39,9 @@ def to_image(
         if name not in pixel_values:
             channels.append(pixel_values[reference].new_zeros(batch_size, bands + 1, *size))
             continue
-        pixels = pixel_values[name]
-        there = torch.ones_like(pixels[:, :1], dtype=torch.bool)
-        if modality_mask is not None and name in modality_mask:
-            there = there & modality_mask[name][:, None, None, None]
-        if valid_mask is not None and name in valid_mask:
-            there = there & valid_mask[name][:, None]
-        image = torch.cat([torch.where(there, pixels, 0.0), there.to(pixels.dtype)], dim=1)
+        pixels, there = pixels_that_count(name, pixel_values, modality_mask, valid_mask)
+        there = torch.ones_like(pixels[:, :1]) if there is None else there.to(pixels.dtype)
+        image = torch.cat([pixels, there], dim=1)
         channels.append(nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False))
     return torch.cat(channels, dim=1)
 

@@ -55,7 +55,14 @@ from .masking_mapex import (
 )
 from .pruning_mapex import PrunedCheckpoint, plan_pruning, prune
 from .task_losses_mapex import check_class_labels, check_class_map, regression_loss, segmentation_loss
-from .tokens_mapex import TokenLayout, check_inputs, sincos_embedding, token_layout, token_positions
+from .tokens_mapex import (
+    TokenLayout,
+    check_inputs,
+    pixels_that_count,
+    sincos_embedding,
+    token_layout,
+    token_positions,
+)
 
 
 @dataclass
@@ -194,23 +201,6 @@ class MapexRouting(NamedTuple):
     recorder: ExpertRecorder | None = None
 
 
-def _readable_pixels(
-    name: str,
-    pixel_values: dict[str, torch.Tensor],
-    modality_mask: dict[str, torch.BoolTensor] | None,
-    valid_mask: dict[str, torch.BoolTensor] | None,
-) -> torch.Tensor:
-    """Pixels of a modality, zero where a sample lacks it or holds no data. Replaced before any convolution, not after:
-    NaN times a zero gradient is NaN.
-    """
-    pixels = pixel_values[name]
-    if modality_mask is not None and name in modality_mask:
-        pixels = torch.where(modality_mask[name].to(pixels.device)[:, None, None, None], pixels, 0.0)
-    if valid_mask is not None and name in valid_mask:
-        pixels = torch.where(valid_mask[name].to(pixels.device)[:, None], pixels, 0.0)
-    return pixels
-
-
 class MapexPatchEmbeddings(nn.Module):
     """Patches of one modality to tokens: a convolution over its bands."""
 
@@ -247,7 +237,7 @@ class MapexEmbeddings(nn.Module):
     ) -> torch.Tensor:
         patches = []
         for name in layout.grids:
-            pixels = _readable_pixels(name, pixel_values, modality_mask, valid_mask)
+            pixels, _ = pixels_that_count(name, pixel_values, modality_mask, valid_mask)
             self._refuse_nan(name, pixels)
             patches.append(self.patch_embeddings[name](pixels))
         hidden_states = torch.cat(patches, dim=1)  # (B, N, D)
@@ -1543,15 +1533,10 @@ class MapexDenseDecoder(nn.Module):
 
         details, present = {}, {}
         for name in layout.grids:
-            pixels = _readable_pixels(name, pixel_values, modality_mask, valid_mask)
+            pixels, there = pixels_that_count(name, pixel_values, modality_mask, valid_mask)
             embedding = self.pixel_embeddings[name]
             details[name] = embedding(pixels.to(embedding.weight.dtype))  # (B, w, H, W)
-            there = torch.ones_like(pixels[:, :1], dtype=torch.bool)
-            if modality_mask is not None and name in modality_mask:
-                there = there & modality_mask[name].to(pixels.device)[:, None, None, None]
-            if valid_mask is not None and name in valid_mask:
-                there = there & valid_mask[name].to(pixels.device)[:, None]
-            present[name] = there
+            present[name] = torch.ones_like(pixels[:, :1], dtype=torch.bool) if there is None else there
         details = fuse_maps(details, present, extents, reference, size)
         return self.output(self.fusion(torch.cat([features, details], dim=1)))
 

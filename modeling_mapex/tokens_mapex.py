@@ -111,6 +111,31 @@ def check_inputs(
             raise ValueError(f"`gsd` of `{name}` must be metres per pixel above 0, got {value!r}.")
 
 
+def pixels_that_count(
+    name: str,
+    pixel_values: dict[str, torch.Tensor],
+    modality_mask: dict[str, torch.Tensor] | None = None,
+    valid_mask: dict[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Pixels of a modality, zero where a sample lacks it or holds no data, and where that is not so. Replaced before
+    any convolution, not after: NaN times a zero gradient is NaN.
+
+    Args are those of [`MapexModel.forward`].
+
+    Returns:
+        `(batch_size, channels, height, width)`, and bool `(batch_size, 1, height, width)` or `None`: everywhere.
+    """
+    pixels, there = pixel_values[name], None
+    if modality_mask is not None and name in modality_mask:
+        there = modality_mask[name].to(pixels.device)[:, None, None, None]
+    if valid_mask is not None and name in valid_mask:
+        valid = valid_mask[name].to(pixels.device)[:, None]
+        there = valid if there is None else there & valid
+    if there is None:
+        return pixels, None
+    return torch.where(there, pixels, 0.0), there.expand_as(pixels[:, :1])
+
+
 def token_layout(
     modalities: dict[str, dict[str, Any]],
     pixel_values: dict[str, torch.Tensor],
