@@ -80,7 +80,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "Mass of an expert: saliency (default), usage, gate, exhaustive or random (by --seed)."},
     )
-    pooling: Literal["mean", "modality_mean"] | None = field(
+    pooling: Literal["mean", "modality_mean", "mean_std"] | None = field(
         default=None, metadata={"help": "How tokens become one embedding. Default: what the checkpoint says."}
     )
     random_weights: bool = field(

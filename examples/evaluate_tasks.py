@@ -3,6 +3,7 @@
     make evaluate                                           # all of examples/configs/tasks.yaml: hours on two cores
     python examples/evaluate_tasks.py --tasks water --methods pruned full pixel --seeds 1
     python examples/evaluate_tasks.py --table_only          # what has been run so far
+    python examples/evaluate_tasks.py --splits examples/configs/splits.json     # which places are on which side
 
 The file of tasks says for each which script, which options, which metrics, and in which variants; and for each method
 the options that make it. A run is a process of its own, so that its peak of memory is its own, and leaves its
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from finetuning_tasks import open_task
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -36,6 +38,9 @@ class Arguments:
     seeds: int = field(default=3, metadata={"help": "Runs of each, with seeds from 0."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the runs go."})
     table_only: bool = field(default=False, metadata={"help": "Run nothing."})
+    splits: str | None = field(
+        default=None, metadata={"help": "Run nothing, and list the places to validate and to test on in this file."}
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,17 @@ def plan(content: dict[str, Any], args: Arguments) -> list[Job]:
     return jobs
 
 
+def splits(content: dict[str, Any], jobs: list[Job]) -> dict[str, dict[str, list[str]]]:
+    """The places of each task that are not trained on; its variants and methods share them."""
+    found = {}
+    for task in content["tasks"]:
+        job = next(job for job in jobs if job.task == task)
+        data = open_task(content["tasks"][task]["script"], job.options).data
+        held_out = {side: chips.places() for side, chips in data.sides.items() if side != "train"}
+        found[task] = {side: sorted(set(places.tolist())) for side, places in held_out.items()}
+    return found
+
+
 def cell(results: list[dict[str, Any]], metric: str) -> str:
     """Mean over seeds, deviation, interval."""
     values = [entry["metrics"][metric] for entry in results]
@@ -156,6 +172,9 @@ def done_counts(task: str, jobs: list[Job]) -> str:
 def main(args: Arguments) -> None:
     content = read_file(args)
     jobs = plan(content, args)
+    if args.splits is not None:
+        Path(args.splits).write_text(json.dumps(splits(content, jobs), indent=0) + "\n")
+        return
     failed = []
     if not args.table_only:
         for job in tqdm(jobs, desc="Evaluating", unit="run"):

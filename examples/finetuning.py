@@ -21,11 +21,7 @@ from finetuning_data import Data, check_samples, differ_in_size
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, intervals, peak_memory, results_table
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from command_line import Stop
 from finetuning_data import Chips
-from transformers import (
-    EvalPrediction,
-)
+from transformers import EvalPrediction
 
 from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator

@@ -43,7 +43,7 @@ class ClassificationArguments:
     class_weights: list[str] | None = field(
         default=None, metadata={"help": "balanced, or a number for each class: weights in the loss, for one label."}
     )
-    pooling: Literal["mean", "modality_mean"] | None = field(
+    pooling: Literal["mean", "modality_mean", "mean_std"] | None = field(
         default=None, metadata={"help": "How tokens become one feature. Default: what the checkpoint says."}
     )
 

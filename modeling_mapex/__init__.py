@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from .configuration_mapex import MapexConfig
+from .extension_mapex import add_modality
 from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, terrain_slope
 from .masking_mapex import PretrainingNoise
 from .modeling_mapex import (
@@ -48,6 +49,7 @@ __all__ = [
     "PretrainingNoise",
     "PrunedCheckpoint",
     "Sensor",
+    "add_modality",
     "terrain_slope",
     "unprune",
 ]

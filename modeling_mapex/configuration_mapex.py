@@ -102,8 +102,9 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
         position_temperature (`float`):
             Ratio of its longest to its shortest wavelength.
         pooling_type (`str`):
-            How `pooler_output` is made of the present tokens: `"mean"` over all of them, or `"modality_mean"`, the
-            mean over modalities of each one's mean, which gives a sensor with few tokens the same weight.
+            How `pooler_output` is made of the present tokens: `"mean"` over all of them; `"modality_mean"`, the mean
+            over modalities of each one's mean, which gives a sensor with few tokens the same weight; or `"mean_std"`,
+            the mean and the standard deviation over all of them, which also tells how varied a chip is.
         moe_layers (`list[int]`, *optional*):
             Blocks whose MLP is a mixture of experts. Default: every second one, starting with block 1.
         num_experts (`int`), num_experts_per_tok (`int`):
@@ -200,7 +201,7 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     position_unit: float | int = 10.0
     position_temperature: float | int = 1000.0
-    pooling_type: Literal["mean", "modality_mean"] = "mean"
+    pooling_type: Literal["mean", "modality_mean", "mean_std"] = "mean"
 
     moe_layers: list[int] | None = None
     num_experts: int = 6
@@ -386,6 +387,11 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
     def routed_layers(self) -> list[int]:
         """Positions in `moe_layers` whose layer holds more than one expert and hence a router."""
         return [position for position, ids in enumerate(self.expert_ids) if len(ids) > 1]
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of `pooler_output`."""
+        return 2 * self.hidden_size if self.pooling_type == "mean_std" else self.hidden_size
 
     def num_encoder_parameters(self) -> int:
         """Parameters of `MapexModel`, computed from the fields alone; equal to what the built model counts."""

@@ -65,6 +65,9 @@ from .tokens_mapex import (
 )
 
 
+POOLING_EPSILON = 1e-6  # added to the variance of tokens that are all equal, whose root has no gradient
+
+
 @dataclass
 class MapexModelOutput(ModelOutput):
     """Output of [`MapexModel`].
@@ -73,8 +76,8 @@ class MapexModelOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`):
             Tokens of all modalities, modality after modality in the order of the configuration; zero for tokens that
             the sample does not have.
-        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`):
-            Mean of the tokens that the sample has, as `config.pooling_type` says.
+        pooler_output (`torch.Tensor` of shape `(batch_size, config.pooled_size)`):
+            The tokens that the sample has as one feature, as `config.pooling_type` says.
         modality_ids (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             Index in the configuration of each token's modality.
         token_mask (`torch.BoolTensor` of shape `(batch_size, num_tokens)`, *optional*):
@@ -1096,7 +1099,12 @@ class MapexModel(MapexPreTrainedModel):
             counts = (weights[:, :, None] * one_hot).sum(dim=1)  # (B, M)
             weights = weights / counts.gather(1, modality_ids).clamp_min(1.0)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        return (weights[:, :, None] * hidden_states).sum(dim=1).to(hidden_states.dtype)
+        mean = (weights[:, :, None] * hidden_states).sum(dim=1)  # (B, D)
+        if self.config.pooling_type != "mean_std":
+            return mean.to(hidden_states.dtype)
+        variance = (weights[:, :, None] * (hidden_states - mean[:, None]).square()).sum(dim=1)
+        std = (variance + POOLING_EPSILON).sqrt()
+        return torch.cat([mean, std], dim=1).to(hidden_states.dtype)
 
 
 class MapexDecoder(nn.Module):
@@ -1398,7 +1406,7 @@ class MapexForImageClassification(MapexPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.mapex = MapexModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.pooled_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -152,7 +152,7 @@ class TestInputs:
             alone = encode(model, single, modality_mask={"radar": mask["radar"][sample : sample + 1]})
             torch.testing.assert_close(together[sample : sample + 1], alone, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("pooling_type", ["mean", "modality_mean"])
+    @pytest.mark.parametrize("pooling_type", ["mean", "modality_mean", "mean_std"])
     def test_presence_mask_equals_leaving_the_modality_out(self, pooling_type):
         model, pixel_values = tiny_model(pooling_type=pooling_type), tiny_inputs()
         without = {name: pixels for name, pixels in pixel_values.items() if name != "optical"}
@@ -200,6 +200,24 @@ class TestInputs:
         outputs = model(tiny_inputs())
         means = [outputs.last_hidden_state[:, part].mean(dim=1) for part in (slice(16), slice(16, 40), slice(40, 56))]
         torch.testing.assert_close(outputs.pooler_output, torch.stack(means).mean(dim=0))
+
+    def test_mean_std_is_of_the_tokens_that_are_there(self):
+        model = tiny_model(pooling_type="mean_std")
+        mask = {"radar": torch.tensor([True, False, True])}
+        with torch.no_grad():
+            outputs = model(tiny_inputs(), modality_mask=mask)
+        for sample, tokens in enumerate((56, 40, 56)):  # radar has the last 16
+            there = outputs.last_hidden_state[sample, :tokens]
+            expected = torch.cat([there.mean(dim=0), there.std(dim=0, correction=0)])
+            torch.testing.assert_close(outputs.pooler_output[sample], expected, rtol=1e-4, atol=1e-5)
+        assert outputs.pooler_output.shape == (3, model.config.pooled_size)
+
+    def test_mean_std_of_one_token_has_a_gradient(self):
+        model = tiny_model(pooling_type="mean_std")
+        outputs = model({"radar": tiny_inputs()["radar"][:, :, :4, :4]})
+        assert outputs.last_hidden_state.shape[1] == 1
+        outputs.pooler_output.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
