@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator
 from modeling_mapex.data_mapex import load_shards, read_schema, split_of_place
+from modeling_mapex.extension_mapex import extend_config
 from modeling_mapex.shards_mapex import ShardSchema, from_bytes
 
 
@@ -97,7 +98,7 @@ def read_data(model_args: ModelArguments, data_args: DataArguments, kinds: Seque
     if data_args.shards is None:
         raise Stop("Nothing to train on: give --shards, a folder of shards or a data set on the Hub.")
     try:
-        config = MapexConfig.from_pretrained(model_args.model)
+        config = read_config(model_args)
         schema = read_schema(data_args.shards, data_args.train_split)
     except (OSError, ValueError) as error:
         raise Stop(f"{error}") from error
@@ -110,6 +111,18 @@ def read_data(model_args: ModelArguments, data_args: DataArguments, kinds: Seque
         print(f"{side}: {len(chips)} samples of {len(set(chips.places()))} places")
     check_sizes(data_args, sides)
     return Data(label, schema.labels[label], modalities, sides)
+
+
+def read_config(args: ModelArguments) -> MapexConfig:
+    """Of the whole model, with the sensors of `--add`.
+
+    Raises:
+        OSError, ValueError: there is no such model, or it cannot have these sensors.
+    """
+    config = MapexConfig.from_pretrained(args.model)
+    for name, like in assignments("--add", args.add).items():
+        config = extend_config(config, name, like)
+    return config
 
 
 def choose_label(args: DataArguments, schema: ShardSchema, kinds: Sequence[str]) -> str:
@@ -172,6 +185,15 @@ def choose_modalities(
         )
     if strange := [name for name in bands if name not in wanted]:
         raise Stop(f"--bands names {strange}, but the modalities are {list(wanted)}.")
+    added = assignments("--add", model_args.add)
+    if useless := [name for name, like in added.items() if name not in wanted or like not in wanted]:
+        raise Stop(
+            f"--add makes {useless} of {[added[name] for name in useless]}, and both must be among --modalities. To "
+            "use a sensor of the shards in place of one of the model: --rename."
+        )
+    if strange := [name for name in bands if name in added]:
+        raise Stop(f"--bands names {strange}, which have the bands of {[added[name] for name in strange]} by --add.")
+    bands |= {name: bands[like] for name, like in added.items() if like in bands}
     if model_args.keep_all and bands:
         raise Stop("--keep_all loads the whole model, with all its bands: leave out --bands.")
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from baselines import BASELINES
 from command_line import Stop
-from finetuning_options import ModelArguments
+from finetuning_options import ModelArguments, assignments
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
+
+from modeling_mapex import add_modality
 
 
 LEARNING_RATES = {"full": 1e-3, "frozen": 5e-3, "lora": 3e-3}
@@ -36,10 +38,13 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
         raise Stop(
             "--convnet is trained whole and from random weights: leave out --method, --keep_all, --from_scratch."
         )
+    added = assignments("--add", args.add)
     if not args.keep_all:
-        pruning["modalities"] = modalities
+        pruning["modalities"] = {name: bands for name, bands in modalities.items() if name not in added}
     try:
         model = model_class.from_pretrained(args.model, dtype=torch.float32, **pruning, **config_fields)
+        for name, like in added.items():
+            model = add_modality(model, name, like)
     except (OSError, ValueError, RuntimeError) as error:
         raise Stop(f"{error}") from error
     if args.from_scratch:

@@ -20,6 +20,10 @@ class ModelArguments:
     bands: list[str] | None = field(
         default=None, metadata={"help": "Bands to use of a sensor: s2=B04,B03,B02. Default: all of the model's."}
     )
+    add: list[str] | None = field(
+        default=None,
+        metadata={"help": "Give the model a sensor that it lacks, as a copy of one that it has: s1_descending=s1."},
+    )
     keep_all: bool = field(default=False, metadata={"help": "Do not prune: load the whole model."})
     coverage: float | None = field(
         default=None, metadata={"help": "Share of each sensor's mass that the kept experts cover. Default: 0.95."}

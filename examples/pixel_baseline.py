@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from baselines import to_image
 from command_line import Stop, read_mapping
-from finetuning_data import Data
+from finetuning_data import Data, read_config
 from finetuning_options import FinetuningArguments, ModelArguments
 from finetuning_results import intervals, peak_memory, results_table
 from finetuning_tasks import open_task, part_of
@@ -61,7 +61,7 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
     args, model_args = part_of(FinetuningArguments, settings), part_of(ModelArguments, settings)
     whole_chips = script == "run_image_classification.py"
 
-    whole = MapexConfig.from_pretrained(model_args.model)
+    whole = read_config(model_args)
     config = prune_config(whole, resolve_modalities(whole, data.modalities), whole.expert_ids)
     collator = MapexCollator(MapexImageProcessor.from_config(config), **task.collator_options)
     generator = np.random.default_rng(args.seed)

@@ -435,6 +435,30 @@ class TestWhatIsTrained:
         config = MapexConfig.from_pretrained(tmp_path / "run" / "model")
         assert config.modalities["s2"]["bands"] == ["B04", "B02"]
 
+    def test_a_sensor_that_the_model_lacks(self, options, tmp_path):
+        """A second pass of radar, which half of the samples have: frozen, it is read as the first one is."""
+        passes = ShardSchema({**SCHEMA.modalities, "s1_descending": SCHEMA.modalities["s1"]}, SCHEMA.labels)
+
+        def read_passes(item: Item) -> Sample:
+            sample = read(item)
+            image = sample.images["s1"] if item.payload % 2 else None
+            return Sample(sample.id, sample.place, {**sample.images, "s1_descending": image}, sample.labels)
+
+        write_shards(items(40), read_passes, passes, tmp_path / "shards", progress=False)
+        changes = {"shards": str(tmp_path / "shards"), "modalities": ["s1", "s1_descending"], **SHORT}
+        changes["add"] = ["s1_descending=s1"]
+        run(options, tmp_path / "run", "crop", **changes, method="frozen", bands=["s1=VH"])
+        model = MapexForImageClassification.from_pretrained(tmp_path / "run" / "model")
+        assert {name: spec["bands"] for name, spec in model.config.modalities.items()} == {
+            "s1": ["VH"],
+            "s1_descending": ["VH"],
+        }
+        source = MapexForImageClassification.from_pretrained(options["model"], modalities={"s1": ["VH"]}, num_labels=4)
+        pixels = torch.randn(2, 1, 16, 16)
+        with torch.no_grad():
+            tokens = [source.mapex({"s1": pixels}), model.mapex({"s1_descending": pixels})]
+        torch.testing.assert_close(tokens[1].last_hidden_state, tokens[0].last_hidden_state)
+
     def test_frozen_encoder_stays(self, options, tmp_path):
         run(options, tmp_path / "run", "flood", **SHORT, method="frozen")
         weights, source = weights_of(tmp_path / "run", MapexForSemanticSegmentation), self.pruned(options).state_dict()
@@ -652,6 +676,9 @@ class TestStops:
             ("crop", {"rename": ["s3=s2"]}, r"--rename names \['s3'\]"),
             ("crop", {"rename": ["optical=s5"]}, r"--rename makes \['s5'\]"),
             ("crop", {"rename": ["optical"]}, "--rename takes name=value"),
+            ("crop", {"add": ["s9=s8"]}, r"`like` must be one of \['dem', 's1', 's2'\], got `s8`"),
+            ("crop", {"add": ["dem=s1"]}, "There is a modality `dem` already"),
+            ("crop", {"add": ["s1_b=s2"]}, r"--add makes \['s1_b'\] of \['s2'\], and both must be among"),
             ("crop", {"bands": ["dem=elevation"]}, r"--bands names \['dem'\]"),
             ("crop", {"bands": ["s1=VV,HH"]}, r"--bands names \['HH'\] of `s1`"),
             ("crop", {"keep_all": True, "bands": ["s1=VV"]}, "leave out --bands"),
