@@ -41,7 +41,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from command_line import Stop
-from probes import KINDS, METRICS, MOST_ITERATIONS, logistic_scores, neighbor_scores, summarize
+from probes import KINDS, METRICS, MOST_ITERATIONS, fit_logistic, neighbor_scores, summarize
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -689,19 +689,21 @@ def evaluate(
                 train = values["train"][chosen], targets["train"][chosen]
                 held_out = values["validation"], targets["validation"]
                 scores["knn"].append(neighbor_scores(*train, values["test"], args.neighbors))
-                probabilities, strength, arrived = logistic_scores(task.kind, train, held_out, values["test"])
-                scores["logistic"].append(probabilities)
-                if not arrived:
+                probe = fit_logistic(task.kind, train, held_out)
+                if probe is None:
+                    raise Stop("None of the classes is among the validation samples: give --validation a larger share.")
+                scores["logistic"].append(probe.scores(task.kind, values["test"]))
+                if not probe.arrived:
                     notes.append(
-                        f"{name}, shots {shots or 'all'}: the regression chosen, with C = {strength:g}, did not "
+                        f"{name}, shots {shots or 'all'}: the regression chosen, with C = {probe.strength:g}, did not "
                         f"converge in {MOST_ITERATIONS} steps."
                     )
                 samples.append(len(chosen))
-                strengths.append(strength)
+                strengths.append(probe.strength)
                 progress.update()
             probes = {
-                probe: summarize(task.kind, targets["test"], draws, sides["test"].places, args.bootstrap, args.seed)
-                for probe, draws in scores.items()
+                kind: summarize(task.kind, targets["test"], draws, sides["test"].places, args.bootstrap, args.seed)
+                for kind, draws in scores.items()
             }
             results.append({"shots": shots or "all", "training_samples": samples, "C": strengths, **probes})
     return results

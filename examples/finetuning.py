@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from command_line import Stop
 from finetuning_data import Data, check_samples, differ_in_size
+from finetuning_head import fit_head
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, intervals, peak_memory, results_table
@@ -96,6 +97,10 @@ class Run:
                 elif path.name == "run.json" or path.suffix in (".json", ".png"):
                     path.unlink()
         self.file.write_text(json.dumps(self.settings, indent=1))
+        return self.last_checkpoint()
+
+    def last_checkpoint(self) -> str | None:
+        """What there is to go on from."""
         return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
 
 
@@ -179,6 +184,7 @@ class Finetuning:
         model_args, data_args, args: Options.
         collator_options: Of [`MapexCollator`], for the labels.
         preprocess (`Callable`, *optional*): `preprocess_logits_for_metrics` of `Trainer`.
+        probe (`bool`): Whether the head begins as a regression on the features, see [`fit_head`].
     """
 
     def __init__(
@@ -191,6 +197,7 @@ class Finetuning:
         data_args: DataArguments,
         collator_options: dict[str, Any],
         preprocess=None,
+        probe: bool = False,
     ):
         self.run, self.data, self.scores, self.args = run, data, scores, run.args
         self.model_args, self.preprocess = model_args, preprocess
@@ -214,6 +221,10 @@ class Finetuning:
         if self.evaluated_alone:
             print("Samples differ in size: they are evaluated whole, one at a time.")
         self.try_batch(model)
+        if probe and (self.args.overwrite or self.run.last_checkpoint() is None):
+            fit_head(
+                model, self.collator, data.sides, 1 if self.evaluated_alone else self.args.batch_size, self.args.seed
+            )
         self.model = choose_trained(model, model_args)
         self.state: TrainerState | None = None
         self.workers = data_args.num_workers

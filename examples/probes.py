@@ -3,7 +3,8 @@ over test places. Targets are 0 and 1 `(samples, classes)`, also where a sample 
 """
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from command_line import Stop
@@ -13,6 +14,7 @@ KINDS = ("class", "multi_label")
 METRICS = {"class": ("accuracy", "macro F1"), "multi_label": ("mean average precision", "micro F1")}
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))  # C of the logistic regression
 MOST_ITERATIONS = 1000
+CERTAIN = 20.0  # log odds of what all training samples have in common
 
 
 def neighbor_scores(values: np.ndarray, targets: np.ndarray, others: np.ndarray, neighbors: int) -> np.ndarray:
@@ -24,16 +26,43 @@ def neighbor_scores(values: np.ndarray, targets: np.ndarray, others: np.ndarray,
     return KNeighborsRegressor(neighbors, metric="cosine").fit(values, targets).predict(others)
 
 
-def logistic_scores(
-    kind: str, train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], others: np.ndarray
-) -> tuple[np.ndarray, float, bool]:
-    """Probabilities `(others, classes)`, with the `C` that is best on `validation`, of equals the lowest; that `C`; and
-    whether the optimiser arrived.
+class LogisticProbe(NamedTuple):
+    """A logistic regression on features in their own units.
+
+    Attributes:
+        weight (`np.ndarray` of shape `(classes, features)`), bias (`np.ndarray` of shape `(classes,)`)
+        strength (`float`): The `C` that was chosen.
+        arrived (`bool`): Whether the optimiser did.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    strength: float
+    arrived: bool
+
+    def scores(self, kind: str, values: np.ndarray) -> np.ndarray:
+        """Probabilities `(samples, classes)` of `values (samples, features)`."""
+        from scipy.special import expit, softmax
+
+        logits = values @ self.weight.T + self.bias
+        return softmax(logits, axis=1) if kind == "class" else expit(logits)
+
+
+def fit_logistic(
+    kind: str,
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    strengths: Sequence[float] = STRENGTHS,
+    class_weights: Sequence[float] | None = None,
+) -> LogisticProbe | None:
+    """The regression, on features standardised by `train`, with the `C` that is best on `validation`, of equals the
+    lowest. `None` if none of the classes is among the validation samples.
 
     Args:
         kind (`str`): `"class"`, which is one regression over all classes, or `"multi_label"`, one for each.
         train, validation (`tuple[np.ndarray, np.ndarray]`): Values `(samples, features)` and targets.
-        others (`np.ndarray` of shape `(others, features)`): What to predict.
+        strengths (`Sequence[float]`): The `C` to try.
+        class_weights (`Sequence[float]`, *optional*): How much a sample of each class counts, for one label.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -41,28 +70,36 @@ def logistic_scores(
 
     values, targets = train
     scaler = StandardScaler().fit(values)
-    values, held_out, others = (scaler.transform(part) for part in (values, validation[0], others))
+    values = scaler.transform(values)
+    counts_as = None if class_weights is None else targets @ np.asarray(class_weights)
     best, best_quality = None, -np.inf
-    for strength in STRENGTHS:
-        arrived, held_out_scores, scores = True, [], []
-        for target in [targets.argmax(axis=1)] if kind == "class" else targets.T:
+    for strength in strengths:
+        weight, bias, arrived = np.zeros((targets.shape[1], values.shape[1])), np.zeros(targets.shape[1]), True
+        # One regression for the rows of all classes, or one for the row of each.
+        problems = [(slice(None), targets.argmax(axis=1))] if kind == "class" else [*enumerate(targets.T)]
+        for rows, target in problems:
             if np.ptp(target) == 0:  # of a few samples all may have a class, or none: then there is nothing to fit
-                held_out_scores.append(np.full((len(held_out), 1), target[0]))
-                scores.append(np.full((len(others), 1), target[0]))
+                bias[rows] = np.where(targets[0][rows] > 0, CERTAIN, -CERTAIN)
                 continue
             model = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # told of the one that is chosen
-                model.fit(values, target)
+                model.fit(values, target, counts_as)
             arrived &= bool(model.n_iter_.max() < MOST_ITERATIONS)
-            columns = slice(None) if kind == "class" else slice(1, None)  # of a class by itself: not, and is
-            held_out_scores.append(model.predict_proba(held_out)[:, columns])
-            scores.append(model.predict_proba(others)[:, columns])
-        quality = metrics(kind, validation[1], np.concatenate(held_out_scores, axis=1))[METRICS[kind][0]].item()
-        if quality > best_quality:
-            best, best_quality = (np.concatenate(scores, axis=1), strength, arrived), quality
-    if best is None:  # all are NaN
-        raise Stop("None of the classes is among the validation samples: give --validation a larger share.")
+            if kind == "multi_label":
+                weight[rows], bias[rows] = model.coef_[0], model.intercept_[0]
+                continue
+            bias[:] = -CERTAIN  # of classes that no training sample has
+            pair = len(model.classes_) == 2  # scikit-learn gives the odds of the second: half for it, half against
+            weight[model.classes_] = np.concatenate([-model.coef_, model.coef_]) / 2 if pair else model.coef_
+            odds = model.intercept_
+            bias[model.classes_] = np.concatenate([-odds, odds]) / 2 if pair else odds
+        weight = weight / scaler.scale_
+        probe = LogisticProbe(weight, bias - weight @ scaler.mean_, strength, arrived)
+        scores = probe.scores(kind, validation[0])
+        quality = metrics(kind, validation[1], scores)[METRICS[kind][0]].item()
+        if quality > best_quality:  # never where all are NaN
+            best, best_quality = probe, quality
     return best
 
 

@@ -46,6 +46,13 @@ class ClassificationArguments:
     pooling: Literal["mean", "modality_mean", "mean_std"] | None = field(
         default=None, metadata={"help": "How tokens become one feature. Default: what the checkpoint says."}
     )
+    head: Literal["probe", "random"] | None = field(
+        default=None,
+        metadata={
+            "help": "What the head begins as: a logistic regression on the features of the encoder, or random weights. "
+            "Default: probe, random for --convnet."
+        },
+    )
 
 
 class SingleLabelScores(Scores):
@@ -194,6 +201,9 @@ def main(
         raise Stop("--class_weights are for one label; these samples have several.")
     class_weights = choose_class_weights(task_args.class_weights, counts["train"], names)
 
+    if task_args.head == "probe" and model_args.convnet:
+        raise Stop("--head probe is for the features of MAPEX: leave it out with --convnet.")
+
     # Model.
     fields: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
@@ -208,7 +218,8 @@ def main(
     scores = SingleLabelScores(len(names)) if is_single else MultiLabelScores(len(names))
 
     # Training, test, results.
-    tuning = Finetuning(run, data, scores, model, model_args, data_args, {"label": data.label})
+    probe = task_args.head == "probe" or (task_args.head is None and not model_args.convnet)
+    tuning = Finetuning(run, data, scores, model, model_args, data_args, {"label": data.label}, probe=probe)
     tuning.train()
     results = tuning.finish(lambda table: describe(data, scores, table))
     if is_single:

@@ -297,13 +297,33 @@ def test_logistic_regression_of_several_labels():
     targets = (values[:, :3] + generator.normal(size=(60, 3)) > 0).astype(float)
     targets[:, 2] = 1  # as may happen with few samples
     parts = [(values[start : start + 20], targets[start : start + 20]) for start in (0, 20, 40)]
-    scores, strength, arrived = probes.logistic_scores("multi_label", *parts[:2], parts[2][0])
-    model = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=strength, max_iter=1000)))
+    probe = probes.fit_logistic("multi_label", *parts[:2])
+    model = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(C=probe.strength, max_iter=1000)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Label 2 is present in all")
         model.fit(*parts[0])
-    np.testing.assert_allclose(scores, model.predict_proba(parts[2][0]), atol=1e-6)
-    assert arrived
+    np.testing.assert_allclose(probe.scores("multi_label", parts[2][0]), model.predict_proba(parts[2][0]), atol=1e-6)
+    assert probe.arrived
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_logistic_regression_of_one_label(classes):
+    """Also of two classes, of which scikit-learn gives one set of coefficients, and beside one that never occurs."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(2, 3, size=(60, 4))
+    labels = np.digitize(values[:, 0] + generator.normal(size=60), [2, 4][: classes - 1])
+    targets = np.eye(classes + 1)[labels]
+    parts = [(values[start : start + 20], targets[start : start + 20]) for start in (0, 20, 40)]
+    probe = probes.fit_logistic("class", *parts[:2])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=probe.strength, max_iter=1000))
+    model.fit(values[:20], labels[:20])
+    scores = probe.scores("class", values[40:])
+    np.testing.assert_allclose(scores[:, :classes], model.predict_proba(values[40:]), atol=1e-5)
+    assert scores[:, classes].max() < 1e-5
+
+    weighted = probes.fit_logistic("class", *parts[:2], [1.0], [5.0] + [1.0] * classes)
+    plain = probes.fit_logistic("class", *parts[:2], [1.0])
+    assert weighted.scores("class", values)[:, 0].mean() > plain.scores("class", values)[:, 0].mean() + 0.02
 
 
 @pytest.mark.parametrize("kind", probes.KINDS)
@@ -366,13 +386,13 @@ def test_bootstrap_intervals_cover():
 def test_few_shots(run, monkeypatch):
     """Exactly so many samples of each class, the same for every model; spread over draws and interval over tests."""
     seen = []
-    original = evaluate_frozen.logistic_scores
+    original = evaluate_frozen.fit_logistic
 
-    def spy(kind, train, validation, others):
+    def spy(kind, train, validation):
         seen.append(train[1])
-        return original(kind, train, validation, others)
+        return original(kind, train, validation)
 
-    monkeypatch.setattr(evaluate_frozen, "logistic_scores", spy)
+    monkeypatch.setattr(evaluate_frozen, "fit_logistic", spy)
     results = run("--random_weights", label="noise", shots=[4, "all"], seeds=3)
     assert len(seen) == 8 and [targets.sum(axis=0).tolist() for targets in seen[:3]] == [[4.0, 4.0, 4.0]] * 3
     assert all((one == other).all() for one, other in zip(seen[:4], seen[4:]))

@@ -38,6 +38,7 @@ sys.path.insert(0, str(EXAMPLES))
 import command_line  # noqa: E402
 import finetuning  # noqa: E402
 import finetuning_data  # noqa: E402
+import finetuning_head  # noqa: E402
 import finetuning_model  # noqa: E402
 import finetuning_options  # noqa: E402
 import finetuning_results  # noqa: E402
@@ -383,7 +384,7 @@ class TestGoingOn:
     def test_best_model_is_kept(self, options, tmp_path):
         """With rates that rise until the model is spoilt."""
         changes = {"learning_rate": 3.0, "warmup": 30.0, "max_steps": 24, "eval_steps": 4, "max_grad_norm": 0.0}
-        run(options, tmp_path / "run", "crop", **changes, best_metric="loss")
+        run(options, tmp_path / "run", "crop", **changes, best_metric="loss", head="random")
         results = results_of(tmp_path / "run")
         assert results["best_step"] < results["steps"] == 24
         assert results["validation"]["loss"] < 2
@@ -414,8 +415,9 @@ class TestWhatIsTrained:
     def test_pruned_while_loading_is_pruned_before(self, options, tmp_path):
         whole = MapexForPreTraining.from_pretrained(options["model"])
         whole.prune_for_modalities(["s1"], experts_per_layer=2).save_pretrained(tmp_path / "pruned")
-        run(options, tmp_path / "one", "crop", **SHORT, experts_per_layer=[2])
-        run(options, tmp_path / "other", "crop", **SHORT, model=str(tmp_path / "pruned"), keep_all=True)
+        run(options, tmp_path / "one", "crop", **SHORT, head="random", experts_per_layer=[2])
+        pruned = {"model": str(tmp_path / "pruned"), "keep_all": True}
+        run(options, tmp_path / "other", "crop", **SHORT, head="random", **pruned)
         expected, weights = weights_of(tmp_path / "one"), weights_of(tmp_path / "other")
         assert expected.keys() == weights.keys()
         for name, tensor in expected.items():
@@ -434,6 +436,65 @@ class TestWhatIsTrained:
         run(options, tmp_path / "run", "crop", **changes)
         config = MapexConfig.from_pretrained(tmp_path / "run" / "model")
         assert config.modalities["s2"]["bands"] == ["B04", "B02"]
+
+    @pytest.mark.parametrize("label", ["crop", "cover"])
+    def test_head_begins_as_a_regression(self, options, tmp_path, label):
+        """Of scikit-learn, on the features of the pretrained encoder; at once as good as training makes it."""
+        linear = pytest.importorskip("sklearn.linear_model", reason="the reference is scikit-learn")
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        still = {"method": "frozen", "learning_rate": 1e-12, "weight_decay": 0.0, "max_steps": 1, "eval_steps": 1}
+        metrics = run(options, tmp_path / "run", label, **still)
+        assert metrics["accuracy" if label == "crop" else "mean_average_precision"] == 1.0
+        model = MapexForImageClassification.from_pretrained(tmp_path / "run" / "model")
+        kinds = finetuning_options.ModelArguments, finetuning_options.DataArguments
+        args = [
+            kind(**{name: value for name, value in {**options, "label": label}.items() if hasattr(kind, name)})
+            for kind in kinds
+        ]
+        sides = finetuning_data.read_data(*args, ("class", "multi_label"), 0).sides
+        collator = MapexCollator(MapexImageProcessor.from_config(model.config), label=label)
+        parts = {}
+        for side in ("train", "validation"):
+            batch = collator(sides[side].__getitems__(list(range(len(sides[side])))))
+            labels = batch.pop("labels").numpy()
+            with torch.no_grad():
+                parts[side] = (
+                    model.mapex(**batch).pooler_output.double().numpy(),
+                    labels,
+                    model(**batch).logits.double(),
+                )
+        values, targets, logits = parts["train"]
+        probabilities = (logits.softmax(dim=1) if label == "crop" else logits.sigmoid()).numpy()
+        best = []
+        for column in range(1 if label == "crop" else 2):
+            of = slice(None) if label == "crop" else (slice(None), column)
+            fitted = {}
+            for strength in finetuning_head.STRENGTHS:
+                regression = make_pipeline(StandardScaler(), linear.LogisticRegression(C=strength, max_iter=1000))
+                expected = regression.fit(values, targets[of]).predict_proba(values)
+                shown = (
+                    probabilities[:, :3]
+                    if label == "crop"
+                    else np.stack([1 - probabilities, probabilities])[..., column].T
+                )
+                fitted[strength] = np.abs(shown - expected).max()
+            best.append(min(fitted, key=fitted.get))
+            assert fitted[best[-1]] < 1e-3
+        assert len(set(best)) == 1
+
+    def test_head_of_a_run_that_begins_anew(self, options, tmp_path, capsys):
+        run(options, tmp_path / "run", "crop", **SHORT)
+        run(options, tmp_path / "run", "crop", **SHORT, head="random", overwrite=True)
+        assert capsys.readouterr().out.count("The head begins as a logistic regression on") == 1
+        with pytest.raises(command_line.Stop, match="Stopped at step 2"):
+            run(options, tmp_path / "run", "crop", **SHORT, overwrite=True, stop_after=2)
+        capsys.readouterr()
+        run(options, tmp_path / "run", "crop", **SHORT)
+        assert "The head begins" not in capsys.readouterr().out  # the one of the checkpoint goes on
+        run(options, tmp_path / "run", "crop", **SHORT, overwrite=True)
+        assert "The head begins" in capsys.readouterr().out
 
     def test_a_sensor_that_the_model_lacks(self, options, tmp_path):
         """A second pass of radar, which half of the samples have: frozen, it is read as the first one is."""
@@ -693,6 +754,7 @@ class TestStops:
             ("cover", {"class_weights": "balanced"}, "--class_weights are for one label"),
             ("crop", {"class_weights": ["1", "2"]}, "a number for each of"),
             ("crop", {"crop_size": 50}, "Sample `chip-.*Cannot cut 50 pixels"),
+            ("crop", {"convnet": True, "head": "probe"}, "--head probe is for the features of MAPEX"),
             ("crop", {"best_metric": "mean_iou"}, "no metric `mean_iou`.*accuracy"),
             ("flood", {"classes": {"dry": [3], "snow": [4]}}, r"holds the codes \[7\]"),
             ("flood", {"classes": {"a": [1], "b": [2], "ignore": "rest"}}, "all are ignored"),
