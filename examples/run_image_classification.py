@@ -5,17 +5,19 @@ r"""Fine-tune MAPEX to classify chips: one label each, or several.
         --output_dir outputs/eurosat
     # the encoder frozen, only a linear head trained; 10 samples of each class
     python examples/run_image_classification.py --shards shards/eurosat_rgb --modalities rgb --method frozen \
-        --learning_rate 0.05 --shots 10 --output_dir outputs/eurosat-frozen
+        --shots 10 --output_dir outputs/eurosat-frozen
     # low-rank adapters in attention and experts (pip install peft), one expert a layer, merged and pushed
     python examples/run_image_classification.py --shards shards/eurosat_rgb --modalities rgb --experts_per_layer 1 \
         --method lora --output_dir outputs/eurosat-lora --push_to_hub me/mapex-nano-eurosat
     # another product and fewer bands; options in a file, those that follow win
     python examples/run_image_classification.py settings.yaml --rename s2_l1c=s2 --bands s2=B04,B03,B02
 
-The label is of kind `class` or `multi_label`; samples without it are left out. Of the places `--validation` are kept to
-choose the best model and to stop early, and `--test` to test it: no place is on two sides. `--best_metric` is accuracy,
-or mean average precision for several labels. The same command goes on from the last checkpoint; at the end there are
-`results.json`, with 95 % intervals over resampled test places, `confusion.png`, and the model with its card in `model`.
+The label is of kind `class` or `multi_label`; samples without it are left out. The head begins as a logistic regression
+on what the encoder says of the samples as they are (`--head`), and all is trained from there. Of the places
+`--validation` are kept to choose the best model and to stop early, and `--test` to test it: no place is on two sides.
+`--best_metric` is accuracy, or mean average precision for several labels. The same command goes on from the last
+checkpoint; at the end there are `results.json`, with 95 % intervals over resampled test places, `confusion.png`, and the
+model with its card in `model`.
 """
 
 from dataclasses import dataclass, field

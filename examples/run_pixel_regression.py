@@ -3,6 +3,9 @@ r"""Fine-tune MAPEX to give each pixel a value, like biomass, height or a share.
     # both radar and optical, pruned for them while loading, everything trained; samples may lack one
     python examples/run_pixel_regression.py --shards shards/biomassters_s1s2_agbm --label agbm --modalities s1 s2 \
         --modality_dropout 0.2 --output_dir outputs/biomass
+    # a second pass of radar, which mapex-nano does not know: it begins as a copy of the first
+    python examples/run_pixel_regression.py --shards shards/biomassters_s1s2_agbm --modalities s1 s1_descending \
+        --add s1_descending=s1 --modality_dropout 0.2 --output_dir outputs/biomass-passes
     # the encoder frozen: only the decoder is trained
     python examples/run_pixel_regression.py --shards shards/biomassters_s1s2_agbm --modalities s2 --method frozen \
         --output_dir outputs/biomass-frozen
