@@ -55,19 +55,34 @@ class Job:
     options: dict[str, Any]
     folder: Path
 
+    @property
+    def settings(self) -> str:
+        """What the script reads."""
+        return json.dumps({**self.options, "seed": self.seed, "output_dir": str(self.folder)}, indent=1)
+
+    @property
+    def settings_file(self) -> Path:
+        return self.folder.with_suffix(".json")
+
     def results(self) -> dict[str, Any] | None:
         """Of the finished run, if it is."""
         file = self.folder / "results.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        if self.settings_file.read_text() != self.settings:
+            sys.exit(
+                f"{self.folder} was run with other options, see {self.settings_file}: delete the folder to run it "
+                "again, or give another --output_dir."
+            )
+        return json.loads(file.read_text())
 
     def run(self) -> str | None:
         """Run it in a process of its own; the end of what it said, if it failed."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        settings = self.folder.with_suffix(".json")
-        settings.write_text(json.dumps({**self.options, "seed": self.seed, "output_dir": str(self.folder)}, indent=1))
+        self.settings_file.write_text(self.settings)
         log = self.folder.with_suffix(".log")
         with log.open("w") as output:
-            command = [sys.executable, str(EXAMPLES / self.script), str(settings)]
+            command = [sys.executable, str(EXAMPLES / self.script), str(self.settings_file)]
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
         return None if code == 0 else "\n".join(log.read_text().splitlines()[-5:])
 

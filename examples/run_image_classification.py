@@ -16,8 +16,8 @@ The label is of kind `class` or `multi_label`; samples without it are left out. 
 on what the encoder says of the samples as they are (`--head`), and all is trained from there. Of the places
 `--validation` are kept to choose the best model and to stop early, and `--test` to test it: no place is on two sides.
 `--best_metric` is accuracy, or mean average precision for several labels. The same command goes on from the last
-checkpoint; at the end there are `results.json`, with 95 % intervals over resampled test places, `confusion.png`, and the
-model with its card in `model`.
+checkpoint; at the end there are `results.json`, with 95 % intervals over resampled test places, `confusion.png`, and
+the model with its card in `model`.
 """
 
 from dataclasses import dataclass, field

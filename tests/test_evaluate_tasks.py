@@ -15,6 +15,7 @@ import baselines
 import evaluate_tasks
 
 from modeling_mapex import MapexConfig
+from modeling_mapex.data_mapex import split_of_place
 
 
 METHODS = {"pruned": {}, "convnet": {"convnet": True}, "pixel": {"script": "pixel_baseline.py"}}
@@ -78,6 +79,21 @@ def test_everything_is_run_once(tasks, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == table
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
+    tasks.write_text(tasks.read_text().replace("max_steps: 1", "max_steps: 3"))
+    with pytest.raises(SystemExit, match=r"was run with other options.*delete the folder"):
+        evaluate_tasks.main(args)
+
+
+def test_splits_are_those_of_the_runs(tasks, tmp_path):
+    args = evaluate_tasks.Arguments(str(tasks), splits=str(tmp_path / "splits.json"))
+    evaluate_tasks.main(args)
+    splits = json.loads((tmp_path / "splits.json").read_text())
+    shares = {"train": 0.55, "validation": 0.2, "test": 0.25}
+    for sides in splits.values():
+        assert list(sides) == ["validation", "test"]
+        for side, places in sides.items():
+            assert len(places) > 3 and all(split_of_place(place, shares, 3) == side for place in places)
+
 
 def test_what_failed_is_told(tasks, tmp_path, capsys):
     content = yaml.safe_load(tasks.read_text())
@@ -99,6 +115,20 @@ def test_the_file_in_the_repository():
     assert len({job.folder for job in jobs}) == len(jobs) > 100
     assert all((evaluate_tasks.EXAMPLES / job.script).is_file() for job in jobs)
     assert {job.options["pruning_seed"] for job in jobs if job.method == "random"} == {0, 1}
+
+
+def test_the_splits_in_the_repository():
+    """They are what any run with these options finds: a place is on one side whatever else there is."""
+    args = evaluate_tasks.Arguments()
+    content = evaluate_tasks.read_file(args)["tasks"]
+    splits = json.loads((evaluate_tasks.EXAMPLES / "configs" / "splits.json").read_text())
+    assert splits.keys() == content.keys()
+    for task, sides in splits.items():
+        options = content[task]["options"]
+        shares = {side: options[side] for side in ("validation", "test")}
+        shares = {"train": 1 - sum(shares.values()), **shares}
+        for side, places in sides.items():
+            assert {split_of_place(place, shares, options["split_seed"]) for place in places} == {side}
 
 
 def test_absent_sensors_are_no_values():
