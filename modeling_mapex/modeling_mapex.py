@@ -60,6 +60,7 @@ from .tokens_mapex import (
     check_inputs,
     pixels_that_count,
     sincos_embedding,
+    token_grids,
     token_layout,
     token_positions,
 )
@@ -1107,6 +1108,11 @@ class MapexModel(MapexPreTrainedModel):
         return torch.cat([mean, std], dim=1).to(hidden_states.dtype)
 
 
+def layout_of(outputs: MapexModelOutput, config: MapexConfig, pixel_values: dict[str, torch.Tensor]) -> TokenLayout:
+    """Where the tokens of `outputs`, which are of all of `pixel_values`, come from."""
+    return TokenLayout(token_grids(config.modalities, pixel_values), outputs.modality_ids[0], outputs.token_mask)
+
+
 class MapexDecoder(nn.Module):
     """Light transformer from the encoder's visible tokens to the pixels of all tokens."""
 
@@ -1440,10 +1446,15 @@ class MapexForImageClassification(MapexPreTrainedModel):
                 check_class_labels(labels, logits, config.problem_type)
             if config.problem_type in ("multi_label_classification", "regression"):
                 labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels, logits, config)
-            if config.class_weights is not None:
-                if config.problem_type != "single_label_classification":  # the loss function has chosen by now
-                    raise ValueError(f"`class_weights` weigh one label of each sample, not a {config.problem_type}.")
+            if config.class_weights is None:
+                loss = self.loss_function(labels, logits, config)
+            else:
+                config.problem_type = config.problem_type or "single_label_classification"
+                if labels.is_floating_point() or config.problem_type != "single_label_classification":
+                    raise ValueError(
+                        "`class_weights` weigh one class index of each sample, but the labels are "
+                        f"{labels.dtype} {tuple(labels.shape)} and `problem_type` is {config.problem_type}."
+                    )
                 weights = torch.tensor(config.class_weights, dtype=torch.float32, device=logits.device)
                 loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), weight=weights)
         return MapexImageClassifierOutput(
@@ -1581,7 +1592,7 @@ class MapexDenseModel(MapexPreTrainedModel):
             if output_size is not None and tuple(output_size) != tuple(labels.shape[-2:]):
                 raise ValueError(f"`output_size` is {output_size}, but the labels are {tuple(labels.shape[-2:])}.")
             output_size = labels.shape[-2:]
-        layout = token_layout(self.config.modalities, pixel_values, modality_mask, valid_mask)
+        layout = layout_of(outputs, self.config, pixel_values)
         return self.dense_decoder(
             outputs.last_hidden_state, layout, pixel_values, modality_mask, valid_mask, gsd, output_size
         )
@@ -1715,7 +1726,7 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
         """
         modalities = self.config.modalities
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
-        layout = token_layout(modalities, pixel_values, modality_mask, valid_mask)
+        layout = layout_of(outputs, self.config, pixel_values)
         extents, reference = ground_extent(layout, modalities, gsd), reference_modality(layout, modalities)
         feature_maps = []
         for stage, hidden_states in zip(self.stage_names, outputs.hidden_states):

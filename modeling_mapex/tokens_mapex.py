@@ -136,6 +136,17 @@ def pixels_that_count(
     return torch.where(there, pixels, 0.0), there.expand_as(pixels[:, :1])
 
 
+def token_grids(
+    modalities: dict[str, dict[str, Any]], pixel_values: dict[str, torch.Tensor]
+) -> dict[str, tuple[int, int]]:
+    """Rows and columns of tokens of each modality of a batch, in the order of the configuration."""
+    return {
+        name: tuple(size // spec["patch_size"] for size in pixel_values[name].shape[2:])
+        for name, spec in modalities.items()
+        if name in pixel_values
+    }
+
+
 def token_layout(
     modalities: dict[str, dict[str, Any]],
     pixel_values: dict[str, torch.Tensor],
@@ -149,20 +160,17 @@ def token_layout(
     Raises:
         ValueError: a sample has no token at all; not looked for in a compiled graph, which cannot branch on data.
     """
-    grids, ids, masks = {}, [], []
-    device = next(iter(pixel_values.values())).device
-    for index, (name, spec) in enumerate(modalities.items()):
-        if name not in pixel_values:
-            continue
-        batch_size, _, height, width = pixel_values[name].shape
-        patch = spec["patch_size"]
-        grids[name] = (height // patch, width // patch)
-        num_tokens = grids[name][0] * grids[name][1]
-        ids.append(torch.full((num_tokens,), index, device=device))
+    grids, ids, masks = token_grids(modalities, pixel_values), [], []
+    any_pixels = next(iter(pixel_values.values()))
+    batch_size, device = any_pixels.shape[0], any_pixels.device
+    indices = {name: index for index, name in enumerate(modalities)}
+    for name, (rows, columns) in grids.items():
+        num_tokens = rows * columns
+        ids.append(torch.full((num_tokens,), indices[name], device=device))
         mask = None
         if valid_mask is not None and name in valid_mask:
             valid = valid_mask[name].to(device, torch.float32)[:, None]  # (B, 1, H, W)
-            any_valid = nn.functional.max_pool2d(valid, patch)  # (B, 1, rows, columns)
+            any_valid = nn.functional.max_pool2d(valid, modalities[name]["patch_size"])  # (B, 1, rows, columns)
             mask = any_valid.flatten(1) > 0  # (B, N)
         if modality_mask is not None and name in modality_mask:
             present = modality_mask[name].to(device)[:, None].expand(-1, num_tokens)  # (B, N)

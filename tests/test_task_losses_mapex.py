@@ -81,7 +81,10 @@ class TestClasses:
 
     def test_class_weights_of_many_labels(self):
         model = randomize(MapexForImageClassification(tiny_config(num_labels=3, class_weights=[1.0, 5.0, 0.5])))
-        with pytest.raises(ValueError, match="multi_label_classification"):
+        with pytest.raises(ValueError, match=r"weigh one class index of each sample, but the labels are torch.float32"):
+            model(tiny_inputs(), labels=torch.ones(3, 3))
+        model.config.problem_type = "multi_label_classification"
+        with pytest.raises(ValueError, match="is multi_label_classification"):
             model(tiny_inputs(), labels=torch.ones(3, 3))
 
     @pytest.mark.parametrize(
