@@ -6,9 +6,10 @@
     python examples/evaluate_tasks.py --splits examples/configs/splits.json     # which places are on which side
 
 The file of tasks says for each which script, which options, which metrics, and in which variants; and for each method
-the options that make it. A run is a process of its own, so that its peak of memory is its own, and leaves its
-`results.json` below `--output_dir`: what is there is not run again, and an interrupted run is gone on with. Given are
-the mean over seeds, the standard deviation, and in brackets the 95 % interval over test places, averaged over seeds.
+the options that make it, which a task may change, or limit to some of its `variants`. A run is a process of its own, so
+that its peak of memory is its own, and leaves its `results.json` below `--output_dir`: what is there is not run again,
+and an interrupted run is gone on with. Given are the mean over seeds, the standard deviation, and in brackets the 95 %
+interval over test places, averaged over seeds.
 """
 
 import json
@@ -56,9 +57,9 @@ class Job:
     folder: Path
 
     @property
-    def settings(self) -> str:
+    def settings(self) -> dict[str, Any]:
         """What the script reads."""
-        return json.dumps({**self.options, "seed": self.seed, "output_dir": str(self.folder)}, indent=1)
+        return {**self.options, "seed": self.seed, "output_dir": str(self.folder)}
 
     @property
     def settings_file(self) -> Path:
@@ -69,7 +70,7 @@ class Job:
         file = self.folder / "results.json"
         if not file.is_file():
             return None
-        if self.settings_file.read_text() != self.settings:
+        if json.loads(self.settings_file.read_text()) != self.settings:
             sys.exit(
                 f"{self.folder} was run with other options, see {self.settings_file}: delete the folder to run it "
                 "again, or give another --output_dir."
@@ -79,7 +80,7 @@ class Job:
     def run(self) -> str | None:
         """Run it in a process of its own; the end of what it said, if it failed."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.settings_file.write_text(self.settings)
+        self.settings_file.write_text(json.dumps(self.settings, indent=1))
         log = self.folder.with_suffix(".log")
         with log.open("w") as output:
             command = [sys.executable, str(EXAMPLES / self.script), str(self.settings_file)]
@@ -88,7 +89,7 @@ class Job:
 
 
 def read_file(args: Arguments) -> dict[str, Any]:
-    """Tasks and methods, those that were asked for."""
+    """Methods, and the tasks that were asked for."""
     try:
         content = yaml.safe_load(Path(args.file).read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -96,11 +97,19 @@ def read_file(args: Arguments) -> dict[str, Any]:
     for kind in ("tasks", "methods"):
         if not isinstance(content.get(kind), dict):
             sys.exit(f"{args.file} needs a mapping `{kind}`.")
-        wanted = getattr(args, kind)
-        if unknown := [name for name in wanted or [] if name not in content[kind]]:
-            sys.exit(f"{args.file} has no {kind} {unknown}; it has {list(content[kind])}.")
-        content[kind] = {name: content[kind][name] for name in wanted or content[kind]}
+    methods = dict.fromkeys(method for task in content["tasks"] for method in methods_of(content, task))
+    for kind, known in (("tasks", content["tasks"]), ("methods", methods)):
+        if unknown := [name for name in getattr(args, kind) or [] if name not in known]:
+            sys.exit(f"{args.file} has no {kind} {unknown}; it has {list(known)}.")
+    content["tasks"] = {task: content["tasks"][task] for task in args.tasks or content["tasks"]}
     return content
+
+
+def methods_of(content: dict[str, Any], task: str) -> dict[str, dict[str, Any]]:
+    """All methods with their options, those changed that the task changes, and those added that only the task has."""
+    of_task = content["tasks"][task].get("methods") or {}
+    names = [*content["methods"], *(name for name in of_task if name not in content["methods"])]
+    return {name: {**(content["methods"].get(name) or {}), **(of_task.get(name) or {})} for name in names}
 
 
 def plan(content: dict[str, Any], args: Arguments) -> list[Job]:
@@ -109,13 +118,11 @@ def plan(content: dict[str, Any], args: Arguments) -> list[Job]:
     for seed in range(args.seeds):
         for task, spec in content["tasks"].items():
             for variant, changes in (spec.get("variants") or {"": {}}).items():
-                for method, of_method in content["methods"].items():
-                    if method in spec.get("without", []):
-                        continue
-                    of_method = dict(of_method or {})
+                for method, of_method in methods_of(content, task).items():
                     script = of_method.pop("script", spec["script"])
+                    if variant not in of_method.pop("variants", [variant]) or method not in (args.methods or [method]):
+                        continue
                     options = {**(spec.get("options") or {}), **(changes or {}), **of_method}
-                    options |= spec.get("methods", {}).get(method, {})
                     if options.get("criterion") == "random":
                         options["pruning_seed"] = seed
                     if script == "pixel_baseline.py":
@@ -158,7 +165,7 @@ def report(content: dict[str, Any], jobs: list[Job]) -> str:
         rows = [["variant", "method", "seeds", *metrics, *sizes]]
         rows.append(["---"] * len(rows[0]))
         for variant in spec.get("variants") or [""]:
-            for method in content["methods"]:
+            for method in methods_of(content, task):
                 mine = [job for job in jobs if (job.task, job.variant, job.method) == (task, variant, method)]
                 done = [results for job in mine if (results := job.results())]
                 if not done:

@@ -51,7 +51,7 @@ def tasks(shards, checkpoint, tmp_path):  # noqa: F811
                 "metrics": ["rmse", "r2"],
                 "options": {**common, "label": "biomass"},
                 "variants": {"short": {"max_steps": 1}},
-                "without": ["convnet"],
+                "methods": {"convnet": {"variants": []}},
             },
         },
     }
@@ -129,6 +129,24 @@ def test_the_splits_in_the_repository():
         shares = {"train": 1 - sum(shares.values()), **shares}
         for side, places in sides.items():
             assert {split_of_place(place, shares, options["split_seed"]) for place in places} == {side}
+
+
+def test_normalised_difference(tasks, tmp_path):
+    """Water is darker in VV than in VH, always; elsewhere chance decides."""
+    content = yaml.safe_load(tasks.read_text())
+    index = {"script": "pixel_baseline.py", "index": ["VH", "VV"], "variants": ["all"]}
+    content["tasks"] = {"flood": {**content["tasks"]["flood"], "variants": {"all": {}}, "methods": {"index": index}}}
+    tasks.write_text(yaml.safe_dump(content))
+    evaluate_tasks.main(evaluate_tasks.Arguments(str(tasks), None, ["index"], 1, str(tmp_path / "runs")))
+    results = json.loads((tmp_path / "runs/flood/all/index-0/results.json").read_text())
+    assert results["metrics"]["mean_accuracy"] == pytest.approx((1 + 0.5) / 2, abs=0.01)
+    assert results["settings"]["index"] == ["VH", "VV"]
+    assert len(list((tmp_path / "runs").glob("*/*/*/results.json"))) == 1
+    index["index"] = ["VH", "HH"]
+    tasks.write_text(yaml.safe_dump(content))
+    args = evaluate_tasks.Arguments(str(tasks), None, ["index"], 1, str(tmp_path / "others"))
+    with pytest.raises(SystemExit, match="names two of the bands"):
+        evaluate_tasks.main(args)
 
 
 def test_absent_sensors_are_no_values():
