@@ -38,8 +38,10 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "evaluate_frozen.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import evaluate_frozen  # noqa: E402
+import frozen_features  # noqa: E402
 import probes  # noqa: E402
-from evaluate_frozen import Stop  # noqa: E402
+from command_line import Stop  # noqa: E402
+from frozen_features import Features  # noqa: E402
 
 
 SCHEMA = ShardSchema(
@@ -146,8 +148,8 @@ def run(shards, checkpoint, tmp_path):
     return run
 
 
-def stored(tmp_path) -> dict[str, evaluate_frozen.Features]:
-    return {file.name: evaluate_frozen.read_features(file) for file in (tmp_path / "cache").iterdir()}
+def stored(tmp_path) -> dict[str, Features]:
+    return {file.name: frozen_features.read_features(file) for file in (tmp_path / "cache").iterdir()}
 
 
 @torch.no_grad()
@@ -167,7 +169,7 @@ def direct(model: MapexModel, shards: str, modalities: list[str]) -> dict[str, n
     return result
 
 
-def assert_equals(features: evaluate_frozen.Features, expected: dict[str, np.ndarray]) -> None:
+def assert_equals(features: Features, expected: dict[str, np.ndarray]) -> None:
     assert features.ids.tolist() == sorted(expected)
     np.testing.assert_allclose(features.values, [expected[name] for name in features.ids], atol=2e-5)
 
@@ -624,7 +626,7 @@ def test_from_the_hub(shards, checkpoint, tmp_path):
     assert "sample/s" in result.stderr
     (file,) = (tmp_path / "outputs" / "frozen" / "embeddings").iterdir()
     whole = MapexForPreTraining.from_pretrained(checkpoint).prune_for_modalities(["s2"]).build(MapexModel)
-    assert_equals(evaluate_frozen.read_features(file), direct(whole, shards, ["s2"]))
+    assert_equals(frozen_features.read_features(file), direct(whole, shards, ["s2"]))
 
 
 def test_says_what_did_not_converge(run, checkpoint, monkeypatch):
