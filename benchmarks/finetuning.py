@@ -11,15 +11,19 @@ pair by pair; printed are the median and its quartiles.
     full / pruned             all experts, of which a token uses two, against one expert, and against the experts that
                               cover 95 %, of which a token uses two as well
     Trainer / bare loop       `MapexTrainer` against a loop over the same loader with the same optimiser
+    extracting / encoding     `evaluate_frozen.py` reading, processing and encoding shards, with one worker, against the
+                              encoder alone on batches that lie ready
     memory                    parameters, gradients and what autograd keeps for the backward pass
 """
 
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from encoder import compare, training_memory, vit
 from pretraining import row
@@ -28,7 +32,14 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import HfArgumentParser, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
-from modeling_mapex import MapexForImageClassification, MapexTrainer
+from modeling_mapex import SENSORS, MapexForImageClassification, MapexTrainer
+from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema
+from modeling_mapex.writing_mapex import Item, write_shards
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from frozen_features import Encoder, Shards, compute_features
 
 
 NUM_LABELS = 10
@@ -47,6 +58,7 @@ class Arguments:
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     repetitions: int = field(default=21, metadata={"help": "Pairs that are measured."})
     trainer_steps: int = field(default=40, metadata={"help": "Steps of each run of Trainer and of the bare loop."})
+    extracted_batches: int = field(default=60, metadata={"help": "Batches of features that are extracted."})
 
 
 class ViTClassifier(nn.Module):
@@ -131,6 +143,37 @@ def trainer_and_bare_loop(
     return with_trainer, bare
 
 
+def extracting_and_encoding(
+    model: MapexForImageClassification, folder: Path, args: Arguments
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Functions that encode `extracted_batches`: read from shards that are made in `folder`, or ready in memory."""
+    spec = model.config.modalities[args.modality]
+    count, size = args.batch_size * args.extracted_batches, args.image_size
+    mean, std = (np.array(spec[key], dtype=np.float32)[:, None, None] for key in ("mean", "std"))
+    sensor = {"sensor": args.modality} if args.modality in SENSORS else {}
+    stored = {"bands": spec["bands"], "unit": spec["unit"], "gsd": spec["gsd"], "dtype": "float32", **sensor}
+    schema = ShardSchema({args.modality: stored})
+
+    def read(item: Item) -> Sample:
+        noise = np.random.default_rng(item.payload).standard_normal((len(spec["bands"]), size, size), dtype=np.float32)
+        pixels = mean + 0.5 * std * np.abs(noise)
+        return Sample(item.id, item.id, {args.modality: Layer(pixels, gsd=spec["gsd"])})
+
+    write_shards([Item(f"{index}", "made up", index) for index in range(count)], read, schema, folder, progress=False)
+    encoder, shards = Encoder("pruned", model.mapex, [args.modality]), Shards(str(folder), None)
+    batch = {args.modality: torch.randn(args.batch_size, len(spec["bands"]), size, size, device=args.device)}
+
+    def extracting() -> None:
+        compute_features(encoder, shards, "train", schema, batch_size=args.batch_size, num_workers=1)
+
+    def encoding() -> None:
+        with torch.inference_mode():
+            features = [encoder.model(batch).pooler_output for _ in range(args.extracted_batches)]
+        torch.cat(features).cpu()
+
+    return extracting, encoding
+
+
 def main(args: Arguments) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -164,6 +207,11 @@ def main(args: Arguments) -> None:
     with_trainer, bare = trainer_and_bare_loop(single, args)
     with_trainer(), bare()
     row("Trainer / bare loop", [with_trainer() / bare() for _ in range(5)])
+
+    with TemporaryDirectory() as folder:
+        extracting, encoding = extracting_and_encoding(single, Path(folder) / "shards", args)
+        extracting(), encoding()
+        row("extracting from shards / encoding", compare(extracting, encoding, replace(args, repetitions=7)))
 
     pixel_values = inputs["pixel_values"]
     memory = {model: training_memory(model.train(), pixel_values) for model in (full, covering, single)}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from command_line import Stop
 from finetuning_results import can_draw, intervals
-from finetuning_tasks import SCRIPTS, Task, open_task
+from finetuning_tasks import MODEL_CLASSES, Task, open_task
 from transformers import HfArgumentParser
 
 from modeling_mapex import MapexConfig
@@ -44,13 +44,13 @@ def open_run(folder: Path) -> tuple[Any, Task]:
     if not (folder / "results.json").is_file():
         raise Stop(f"{folder} holds no finished run of a fine-tuning script: there is no results.json.")
     config = MapexConfig.from_pretrained(folder / "model")
-    scripts = {model_class.__name__: script for script, (model_class, _) in SCRIPTS.items()}
+    scripts = {model_class.__name__: script for script, model_class in MODEL_CLASSES.items()}
     architecture = (config.architectures or ["none"])[0]
     if architecture not in scripts:
         raise Stop(f"The model in {folder} is a {architecture}, not one of {list(scripts)}.")
     script = scripts[architecture]
     task = open_task(script, json.loads((folder / "run.json").read_text()))
-    return SCRIPTS[script][0].from_pretrained(folder / "model").eval(), task
+    return MODEL_CLASSES[script].from_pretrained(folder / "model").eval(), task
 
 
 def can_lack(task: Task, missing: str) -> np.ndarray:

@@ -18,6 +18,11 @@ from modeling_mapex.shards_mapex import ShardSchema, from_bytes
 
 
 SIDES = ("train", "validation", "test")
+KINDS = {  # of labels, by the script that takes them
+    "run_image_classification.py": ("class", "multi_label"),
+    "run_semantic_segmentation.py": ("mask",),
+    "run_pixel_regression.py": ("map",),
+}
 
 
 class Chips(Dataset):
@@ -139,14 +144,9 @@ def choose_label(args: DataArguments, schema: ShardSchema, kinds: Sequence[str])
     if args.label not in schema.labels:
         raise Stop(f"{args.shards} has no label `{args.label}`. Its labels: {there}; this script takes {wanted}.")
     if args.label not in fitting:
-        scripts = {
-            "class": "run_image_classification.py",
-            "multi_label": "run_image_classification.py",
-            "mask": "run_semantic_segmentation.py",
-            "map": "run_pixel_regression.py",
-        }
         kind = schema.labels[args.label]["kind"]
-        raise Stop(f"`{args.label}` is of kind {kind}, but this script takes {wanted}: use {scripts[kind]}.")
+        script = next(script for script, taken in KINDS.items() if kind in taken)
+        raise Stop(f"`{args.label}` is of kind {kind}, but this script takes {wanted}: use {script}.")
     return args.label
 
 

@@ -11,17 +11,17 @@ import run_pixel_regression
 import run_semantic_segmentation
 import torch
 from command_line import Stop
-from finetuning_data import Data, draw_samples, read_data
+from finetuning_data import KINDS, Data, draw_samples, read_data
 from finetuning_options import DataArguments, ModelArguments
 from finetuning_results import Scores
 
 from modeling_mapex import MapexForImageClassification, MapexForPixelRegression, MapexForSemanticSegmentation
 
 
-SCRIPTS = {
-    "run_image_classification.py": (MapexForImageClassification, ("class", "multi_label")),
-    "run_semantic_segmentation.py": (MapexForSemanticSegmentation, ("mask",)),
-    "run_pixel_regression.py": (MapexForPixelRegression, ("map",)),
+MODEL_CLASSES = {
+    "run_image_classification.py": MapexForImageClassification,
+    "run_semantic_segmentation.py": MapexForSemanticSegmentation,
+    "run_pixel_regression.py": MapexForPixelRegression,
 }
 
 
@@ -57,11 +57,11 @@ def open_task(script: str, settings: dict[str, Any]) -> Task:
     Raises:
         Stop: an unknown script, or what the script itself would refuse.
     """
-    if script not in SCRIPTS:
-        raise Stop(f"The script must be one of {list(SCRIPTS)}, got {script}.")
+    if script not in KINDS:
+        raise Stop(f"The script must be one of {list(KINDS)}, got {script}.")
     seed = settings.get("seed", 0)
     data_args = part_of(DataArguments, settings)
-    data = read_data(part_of(ModelArguments, settings), data_args, SCRIPTS[script][1], seed)
+    data = read_data(part_of(ModelArguments, settings), data_args, KINDS[script], seed)
     options: dict[str, Any] = {"label": data.label}
     if script == "run_image_classification.py":
         if settings.get("shots"):
