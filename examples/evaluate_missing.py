@@ -3,10 +3,12 @@ that lack it.
 
     python examples/run_pixel_regression.py --shards shards/biomass --modalities s1 s2 --modality_dropout 0.3 \\
         --output_dir outputs/biomass
-    python examples/evaluate_missing.py --run outputs/biomass --missing s2
+    python examples/evaluate_missing.py --runs outputs/biomass --missing s2
+    # several models beside each other, in one picture
+    python examples/evaluate_missing.py --runs outputs/biomass outputs/other --missing s2 --output outputs/missing.json
 
 Test samples are those of the run, and the share is of those that have the sensor and another one. Larger shares hold
-the samples of smaller ones. With `--output` the results go to a JSON file, and the curve to a picture beside it.
+the samples of smaller ones. With `--output` the results go to a JSON file, and the curves to a picture beside it.
 """
 
 import json
@@ -28,7 +30,7 @@ from modeling_mapex.image_processing_mapex import MapexImageProcessor
 
 @dataclass
 class Arguments:
-    run: str = field(metadata={"help": "Folder of a finished run of a fine-tuning script."})
+    runs: list[str] = field(metadata={"help": "Folders of finished runs of a fine-tuning script."})
     missing: str = field(metadata={"help": "The sensor that is missing."})
     shares: list[float] = field(
         default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], metadata={"help": "Shares of the samples that lack it."}
@@ -82,10 +84,9 @@ def score(model, task: Task, missing: str, lacking: set[int], batch_size: int) -
     return np.concatenate(rows)
 
 
-def main(args: Arguments) -> list[dict[str, Any]]:
-    if not all(0.0 <= share <= 1.0 for share in args.shares):
-        raise Stop(f"--shares lie between 0 and 1, got {args.shares}.")
-    model, task = open_run(Path(args.run))
+def evaluate(folder: Path, args: Arguments) -> tuple[list[dict[str, Any]], str]:
+    """Metrics of a run by share, with their intervals; and the name of the metric that chose the model."""
+    model, task = open_run(folder)
     names = list(model.config.modalities)
     if args.missing not in names or len(names) < 2:
         raise Stop(f"The model takes {names}: --missing must be one of several, got {args.missing}.")
@@ -103,12 +104,30 @@ def main(args: Arguments) -> list[dict[str, Any]]:
                 "intervals": intervals(task.scores, table, chips.places(), args.bootstrap),
             }
         )
-    print(f"{len(order)} of {len(chips)} test samples have {args.missing} and another sensor.\n")
+    print(f"\n{folder}: {len(order)} of {len(chips)} test samples have {args.missing} and another sensor.\n")
     print(as_table(results, args.missing))
+    return results, task.scores.best
+
+
+def main(args: Arguments) -> dict[str, list[dict[str, Any]]]:
+    """Returns the results of each run."""
+    if not all(0.0 <= share <= 1.0 for share in args.shares):
+        raise Stop(f"--shares lie between 0 and 1, got {args.shares}.")
+    if args.output:
+        try:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Stop(f"Cannot write --output {args.output}: {error}") from error
+    results, metrics = {}, {}
+    for folder in args.runs:
+        results[folder], metrics[folder] = evaluate(Path(folder), args)
+    if len(set(metrics.values())) > 1:
+        raise Stop(f"The runs are of different tasks, measured by {metrics}: evaluate them one by one.")
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=1))
         if can_draw():
-            picture(results, args.missing, task.scores.best).savefig(Path(args.output).with_suffix(".png"), dpi=120)
+            figure = picture(results, args.missing, next(iter(metrics.values())))
+            figure.savefig(Path(args.output).with_suffix(".png"), dpi=120)
     return results
 
 
@@ -124,8 +143,8 @@ def as_table(results: list[dict[str, Any]], missing: str) -> str:
     return "\n".join(lines)
 
 
-def picture(results: list[dict[str, Any]], missing: str, metric: str):
-    """The metric against the share, with its intervals.
+def picture(results: dict[str, list[dict[str, Any]]], missing: str, metric: str):
+    """The metric of each run against the share, with its intervals.
 
     Returns:
         `matplotlib.figure.Figure`
@@ -134,10 +153,14 @@ def picture(results: list[dict[str, Any]], missing: str, metric: str):
 
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     axis = figure.subplots()
-    shares = [entry["share"] for entry in results]
-    axis.plot(shares, [entry["metrics"][metric] for entry in results], marker="o")
-    if all(metric in entry["intervals"] for entry in results):
-        axis.fill_between(shares, *zip(*(entry["intervals"][metric] for entry in results)), alpha=0.25, linewidth=0)
+    for folder, entries in results.items():
+        shares = [entry["share"] for entry in entries]
+        values = [entry["metrics"][metric] for entry in entries]
+        axis.plot(shares, values, marker="o", label=Path(folder).name)
+        if all(metric in entry["intervals"] for entry in entries):
+            axis.fill_between(shares, *zip(*(entry["intervals"][metric] for entry in entries)), alpha=0.2, linewidth=0)
+    if len(results) > 1:
+        axis.legend(frameon=False)
     axis.set_xlabel(f"share of samples without {missing}")
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3)
