@@ -38,6 +38,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from command_line import Stop
+from finetuning_options import assignments
 from frozen_features import BandStatistics, Encoder, Features, Shards, cached_features, open_shards
 from probes import KINDS, METRICS, MOST_ITERATIONS, fit_logistic, neighbor_scores, summarize
 from tqdm import tqdm
@@ -136,12 +137,10 @@ def parse_bands(args: ModelArguments) -> dict[str, list[str] | None] | None:
                 raise Stop(f"--{name} says how to prune, but --modalities does not say for what: give both.")
         return None
     chosen: dict[str, list[str] | None] = dict.fromkeys(args.modalities)
-    for entry in args.bands or []:
-        name, separator, bands = entry.partition("=")
-        if not separator or not bands or name not in chosen:
-            raise Stop(f"--bands takes modality=band,band for one of --modalities {args.modalities}, got `{entry}`.")
-        chosen[name] = bands.split(",")
-    return chosen
+    bands = {name: choice.split(",") for name, choice in assignments("--bands", args.bands).items()}
+    if strange := [name for name in bands if name not in chosen]:
+        raise Stop(f"--bands names {strange}, but --modalities are {args.modalities}.")
+    return {**chosen, **bands}
 
 
 def usable_modalities(

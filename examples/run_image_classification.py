@@ -1,5 +1,6 @@
 r"""Fine-tune MAPEX to classify chips: one label each, or several.
 
+    pip install -e ".[data,train,evaluate,viz]"
     # pruned for the sensor while loading, everything trained
     python examples/run_image_classification.py --shards shards/eurosat_rgb --label label --modalities rgb \
         --output_dir outputs/eurosat

@@ -519,7 +519,7 @@ def test_test_places_are_unseen_in_pretraining():
         ({"modalities": "mine", "model": None, "band_statistics": ""}, "`mine`"),
         ({"modalities": "hls", "model": None, "band_statistics": ""}, "hls (lacks the bands coastal blue green nir"),
         ({"modalities": None, "bands": "s2=B04"}, "--bands says how to prune, but --modalities does not"),
-        ({"bands": "s1=VV"}, "--bands takes modality=band,band for one of --modalities ['s2'], got `s1=VV`"),
+        ({"bands": "s1=VV"}, "--bands names ['s1'], but --modalities are ['s2']"),
         ({"bands": "s2=B99"}, "B99"),
         ({"coverage": 0.5, "experts_per_layer": 1}, "Give either `coverage` or `experts_per_layer`"),
         ({"criterion": "beauty"}, "Unknown criterion `beauty`"),
