@@ -345,7 +345,7 @@ class TestGoingOn:
         assert_same_run(expected, tmp_path / "run", model_class)
 
     def test_after_ctrl_c(self, options, straight, tmp_path, monkeypatch):
-        step = finetuning.Session.on_step_end
+        step, handler = finetuning.Session.on_step_end, signal.getsignal(signal.SIGINT)
 
         def interrupt(self, args, state, control, **kwargs):
             if state.global_step == 11:
@@ -356,7 +356,7 @@ class TestGoingOn:
             patch.setattr(finetuning.Session, "on_step_end", interrupt)
             with pytest.raises(command_line.Stop, match="Stopped at step 11"):
                 run(options, tmp_path / "run", "crop", **AUGMENTED)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is handler
         run(options, tmp_path / "run", "crop", **AUGMENTED)
         assert_same_run(straight[0], tmp_path / "run")
 
