@@ -184,9 +184,10 @@ def report(content: dict[str, Any], jobs: list[Job]) -> str:
 def done_counts(task: str, jobs: list[Job]) -> str:
     """How many samples and places there are on each side, of the first run that is there."""
     results = next(found for job in jobs if job.task == task and (found := job.results()))
+    verbs = {"train": "train on", "validation": "validate", "test": "test"}
     sides = [
-        f"{results['samples'][side]} samples of {results['places'][side]} places to {side}"
-        for side in results["samples"]
+        f"{count} samples of {results['places'][side]} places to {verbs[side]}"
+        for side, count in results["samples"].items()
     ]
     return f"Of the first variant: {', '.join(sides)}."
 
