@@ -161,6 +161,7 @@ def extracting_and_encoding(
 
     write_shards([Item(f"{index}", "made up", index) for index in range(count)], read, schema, folder, progress=False)
     encoder, shards = Encoder("pruned", model.mapex, [args.modality]), Shards(str(folder), None)
+    encoder.model.to(args.device)
     batch = {args.modality: torch.randn(args.batch_size, len(spec["bands"]), size, size, device=args.device)}
 
     def extracting() -> None:
@@ -210,7 +211,6 @@ def main(args: Arguments) -> None:
 
     with TemporaryDirectory() as folder:
         extracting, encoding = extracting_and_encoding(single, Path(folder) / "shards", args)
-        extracting(), encoding()
         row("extracting from shards / encoding", compare(extracting, encoding, replace(args, repetitions=7)))
 
     pixel_values = inputs["pixel_values"]

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import Stop
+from command_line import Stop, parse_arguments
 from finetuning_results import can_draw, intervals
 from finetuning_tasks import MODEL_CLASSES, Task, open_task
-from transformers import HfArgumentParser
 
 from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator
@@ -168,4 +167,4 @@ def picture(results: dict[str, list[dict[str, Any]]], missing: str, metric: str)
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses())
+    main(*parse_arguments((Arguments,), __doc__))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from command_line import read_mapping
 from finetuning_tasks import open_task
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -90,10 +90,7 @@ class Job:
 
 def read_file(args: Arguments) -> dict[str, Any]:
     """Methods, and the tasks that were asked for."""
-    try:
-        content = yaml.safe_load(Path(args.file).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        sys.exit(f"Cannot read {args.file}: {error}")
+    content = read_mapping(args.file)
     for kind in ("tasks", "methods"):
         if not isinstance(content.get(kind), dict):
             sys.exit(f"{args.file} needs a mapping `{kind}`.")

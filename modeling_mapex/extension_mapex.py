@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .pruning_mapex import MODALITY_KEY, KeptPart, kept_part, prune_config
+from .pruning_mapex import MODALITY_KEY, kept_part, prune_config, rebuild
 
 
 def add_modality(model, name: str, like: str, *, bands: dict[str, str] | None = None, **description):
@@ -17,7 +17,7 @@ def add_modality(model, name: str, like: str, *, bands: dict[str, str] | None = 
 
     Args:
         model (`MapexPreTrainedModel`): Any, pruned or not. Not changed.
-        name (`str`): Of the new sensor: lower case letters, digits, underscores.
+        name (`str`): Of the new sensor: letters, digits and underscores.
         like (`str`): The sensor of `model` that measures most alike.
         bands (`dict[str, str]`, *optional*):
             Bands of the new sensor, in the order of your channels, each with the band of `like` that it begins as.
@@ -47,9 +47,7 @@ def add_modality(model, name: str, like: str, *, bands: dict[str, str] | None = 
     ```"""
     config = extend_config(model.config, name, like, bands=bands, **description)
     tensors = extend_state_dict(model.state_dict(), model.config, config, name, like, bands)
-    extended = type(model).from_pretrained(None, config=config, state_dict=tensors, dtype=model.dtype)
-    extended.config._name_or_path, extended._source_revision = model.config._name_or_path, model._source_revision
-    return extended.to(model.device)
+    return rebuild(model, config, tensors)
 
 
 def extend_config(config, name: str, like: str, *, bands: dict[str, str] | None = None, **description):
@@ -91,11 +89,11 @@ def extend_state_dict(
     """
     alike = prune_config(config, {like: list(_band_names(config, like, bands).values())}, config.expert_ids)
     held = list(config.modalities)
-    rows = KeptPart("", ([held.index(like if entry == name else entry) for entry in extended.modalities],))
+    rows = [held.index(like if entry == name else entry) for entry in extended.modalities]
     result = {}
     for key, tensor in state_dict.items():
         by_row = key.endswith(("modality_embeddings.weight", "modality_shift", "modality_bias"))
-        result[key] = (rows.of(tensor) if by_row else tensor).detach().clone()
+        result[key] = (tensor[rows] if by_row else tensor).detach().clone()
         found = MODALITY_KEY.search(key)
         if found and found.group(2) == like:
             copied = kept_part(key, config, alike).of(tensor)

@@ -562,6 +562,11 @@ def unprune(full, pruned):
     else:
         state_dict = {key.removeprefix(encoder): tensor for key, tensor in state_dict.items()}
     merged = unprune_state_dict(own_state_dict, full.config, state_dict, pruned.config)
-    model = type(full).from_pretrained(None, config=copy.deepcopy(full.config), state_dict=merged, dtype=full.dtype)
-    model.config._name_or_path, model._source_revision = full.config._name_or_path, full._source_revision
-    return model.to(full.device)
+    return rebuild(full, copy.deepcopy(full.config), merged)
+
+
+def rebuild(model, config, state_dict: dict[str, torch.Tensor]):
+    """A model of the class, dtype, device and origin of `model`, in eval mode, of another configuration and weights."""
+    rebuilt = type(model).from_pretrained(None, config=config, state_dict=state_dict, dtype=model.dtype)
+    rebuilt.config._name_or_path, rebuilt._source_revision = model.config._name_or_path, model._source_revision
+    return rebuilt.to(model.device)

@@ -42,6 +42,7 @@ import finetuning_head  # noqa: E402
 import finetuning_model  # noqa: E402
 import finetuning_options  # noqa: E402
 import finetuning_results  # noqa: E402
+import finetuning_tasks  # noqa: E402
 import run_image_classification  # noqa: E402
 import run_pixel_regression  # noqa: E402
 import run_semantic_segmentation  # noqa: E402
@@ -448,12 +449,8 @@ class TestWhatIsTrained:
         metrics = run(options, tmp_path / "run", label, **still)
         assert metrics["accuracy" if label == "crop" else "mean_average_precision"] == 1.0
         model = MapexForImageClassification.from_pretrained(tmp_path / "run" / "model")
-        kinds = finetuning_options.ModelArguments, finetuning_options.DataArguments
-        args = [
-            kind(**{name: value for name, value in {**options, "label": label}.items() if hasattr(kind, name)})
-            for kind in kinds
-        ]
-        sides = finetuning_data.read_data(*args, ("class", "multi_label"), 0).sides
+        settings = {**options, "label": label}
+        sides = finetuning_tasks.open_task("run_image_classification.py", settings).data.sides
         collator = MapexCollator(MapexImageProcessor.from_config(model.config), label=label)
         parts = {}
         for side in ("train", "validation"):
