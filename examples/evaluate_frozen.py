@@ -37,12 +37,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from command_line import Stop
+from command_line import Stop, parse_arguments
 from finetuning_options import assignments
 from frozen_features import BandStatistics, Encoder, Features, Shards, cached_features, open_shards
-from probes import KINDS, METRICS, MOST_ITERATIONS, fit_logistic, neighbor_scores, summarize
+from probes import LABEL_KINDS, METRICS, MOST_ITERATIONS, fit_logistic, neighbor_scores, summarize
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_mapex import SENSORS, MapexConfig, MapexModel
 from modeling_mapex.data_mapex import split_of_place
@@ -256,7 +255,7 @@ class Task(NamedTuple):
 
 def choose_label(schema: ShardSchema, wanted: str | None) -> str:
     kinds = {name: spec["kind"] for name, spec in schema.labels.items()}
-    possible = [name for name, kind in kinds.items() if kind in KINDS]
+    possible = [name for name, kind in kinds.items() if kind in LABEL_KINDS]
     if wanted is None:
         if len(possible) == 1:
             return possible[0]
@@ -265,7 +264,8 @@ def choose_label(schema: ShardSchema, wanted: str | None) -> str:
         raise Stop(f"The shards have no label `{wanted}`. They have {kinds or 'none'}.")
     if wanted not in possible:
         raise Stop(
-            f"The label `{wanted}` is of kind {kinds[wanted]}; only {' and '.join(KINDS)} are evaluated: {possible}."
+            f"The label `{wanted}` is of kind {kinds[wanted]}; only {' and '.join(LABEL_KINDS)} are evaluated: "
+            f"{possible}."
         )
     return wanted
 
@@ -528,4 +528,4 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: ProbeArgume
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser((ModelArguments, DataArguments, ProbeArguments)).parse_args_into_dataclasses())
+    main(*parse_arguments((ModelArguments, DataArguments, ProbeArguments), __doc__))

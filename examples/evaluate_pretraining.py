@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import Stop
+from command_line import Stop, parse_arguments
 from run_pretraining import DataArguments, held_out_samples, usable_modalities
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_mapex import MapexForPreTraining
 from modeling_mapex.collation_mapex import MapexCollator
@@ -260,4 +259,4 @@ def main(args: EvaluationArguments, data_args: DataArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser((EvaluationArguments, DataArguments)).parse_args_into_dataclasses())
+    main(*parse_arguments((EvaluationArguments, DataArguments), __doc__))

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import read_mapping
+from command_line import parse_arguments, read_mapping
 from finetuning_tasks import open_task
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 
 EXAMPLES = Path(__file__).parent
@@ -207,6 +206,6 @@ def main(args: Arguments) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*parse_arguments((Arguments,), __doc__))
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on.")

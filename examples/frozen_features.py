@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from command_line import Stop
-from probes import KINDS
+from probes import LABEL_KINDS
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -207,7 +207,7 @@ def compute_features(
     Raises:
         Stop: no sample has any of the sensors, or there are features that are not finite.
     """
-    labels = [name for name, spec in schema.labels.items() if spec["kind"] in KINDS]
+    labels = [name for name, spec in schema.labels.items() if spec["kind"] in LABEL_KINDS]
     stream = stream_shards(
         shards.source, split, modalities=extractor.modalities, labels=labels, revision=shards.revision
     )

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from command_line import parse_arguments
 from matplotlib.figure import Figure
-from transformers import HfArgumentParser
 
 
 INFORMATION = "evaluation/normalized_mutual_information"
@@ -80,4 +80,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    main(*parse_arguments((Arguments,), __doc__))

@@ -10,7 +10,7 @@ import numpy as np
 from command_line import Stop
 
 
-KINDS = ("class", "multi_label")
+LABEL_KINDS = ("class", "multi_label")
 METRICS = {"class": ("accuracy", "macro F1"), "multi_label": ("mean average precision", "micro F1")}
 STRENGTHS = tuple(10.0**power for power in range(-3, 4))  # C of the logistic regression
 MOST_ITERATIONS = 1000

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
+from command_line import parse_arguments
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
-from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
+from transformers import AutoImageProcessor, AutoModel
 from transformers.utils import logging
 
 from modeling_mapex import MapexForPreTraining
@@ -202,6 +203,6 @@ def main(args: Arguments) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*parse_arguments((Arguments,), __doc__))
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. Nothing is left half written; run the command again to start over.")

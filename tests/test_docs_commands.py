@@ -5,7 +5,6 @@ those that the scripts have.
 import ast
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ pytest.importorskip("sklearn", reason="the scripts need the extra `evaluate`")
 pytest.importorskip("torchdata", reason="the scripts need the extras `data` and `train`")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 
 import evaluate_frozen  # noqa: E402
 import evaluate_missing  # noqa: E402

@@ -35,7 +35,6 @@ from modeling_mapex.writing_mapex import Item, write_shards
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "evaluate_frozen.py"
-sys.path.insert(0, str(SCRIPT.parent))
 
 import evaluate_frozen  # noqa: E402
 import frozen_features  # noqa: E402
@@ -328,7 +327,7 @@ def test_logistic_regression_of_one_label(classes):
     assert weighted.scores("class", values)[:, 0].mean() > plain.scores("class", values)[:, 0].mean() + 0.02
 
 
-@pytest.mark.parametrize("kind", probes.KINDS)
+@pytest.mark.parametrize("kind", probes.LABEL_KINDS)
 def test_metrics_are_those_of_scikit_learn(kind):
     """For many weightings at once, with ties, and with classes that some weightings leave without a sample."""
     generator = np.random.default_rng(0)

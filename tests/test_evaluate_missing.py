@@ -1,17 +1,12 @@
 """examples/evaluate_missing.py: what it says of all and of none is what the model does with and without the sensor."""
 
 import json
-import sys
 from pathlib import Path
-
-import pytest
-from test_finetuning import checkpoint, options, run, shards  # noqa: F401
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import command_line
 import evaluate_missing
+import pytest
+from test_finetuning import checkpoint, options, run, shards  # noqa: F401
 
 
 @pytest.fixture(scope="module")

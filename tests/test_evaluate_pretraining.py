@@ -1,8 +1,6 @@
 """examples/evaluate_pretraining.py: planted specialisation is measured as what it is."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,11 @@ from shard_samples import SCHEMA, items, read
 pytest.importorskip("accelerate", reason="the script shares options with pretraining")
 pytest.importorskip("torchdata", reason="the script shares options with pretraining")
 
-from modeling_mapex import MapexConfig, MapexForPreTraining
-from modeling_mapex.writing_mapex import write_shards
-
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
 import evaluate_pretraining
 from run_pretraining import DataArguments
+
+from modeling_mapex import MapexConfig, MapexForPreTraining
+from modeling_mapex.writing_mapex import write_shards
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from modeling_mapex.writing_mapex import Item, write_shards
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 import command_line  # noqa: E402
 import finetuning  # noqa: E402

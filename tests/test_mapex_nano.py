@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ def patches(tmp_path_factory):
     """The six of `bigearthnet-common`, by sensor, normalised."""
     pytest.importorskip("rasterio", reason="patches are GeoTIFFs")
     pytest.importorskip("bigearthnet_common", reason="the patches need the extra `demo`")
-    sys.path.insert(0, str(EXAMPLES))
     import quickstart
 
     processor = MapexImageProcessor.from_pretrained(CHECKPOINT)

@@ -1,14 +1,12 @@
 """examples/plot_pretraining.py: curves of several seeds and runs."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 
 pytest.importorskip("matplotlib", reason="pictures need the extra `viz`")
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import plot_pretraining
 

@@ -1,9 +1,5 @@
 """The README's main command on its real patches, with a model of random weights; and the pictures."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import randomize, tiny_config, tiny_inputs
@@ -13,17 +9,14 @@ from modeling_mapex.visualization_mapex import display_bands, plot_reconstructio
 
 
 pytest.importorskip("matplotlib", reason="pictures need the extra `viz`")
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
 def quickstart():
     pytest.importorskip("rasterio", reason="the quickstart needs the extra `demo`")
-    specification = importlib.util.spec_from_file_location("quickstart", QUICKSTART)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["quickstart"] = module
-    specification.loader.exec_module(module)
-    return module
+    import quickstart
+
+    return quickstart
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from modeling_mapex.writing_mapex import write_shards
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
 
 import run_pretraining  # noqa: E402
 
