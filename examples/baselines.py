@@ -19,7 +19,6 @@ from modeling_mapex import (
     MapexForSemanticSegmentation,
 )
 from modeling_mapex.modeling_mapex import MapexPixelRegressionOutput
-from modeling_mapex.task_losses_mapex import regression_loss, segmentation_loss
 from modeling_mapex.tokens_mapex import pixels_that_count
 
 
@@ -126,38 +125,44 @@ class UNet(nn.Module):
         return self.last(features)
 
 
+def resized(values: torch.Tensor, labels: torch.Tensor | None, size: tuple[int, int] | None) -> torch.Tensor:
+    """A map at the size of the labels, or of `size`, if there are any."""
+    size = size if labels is None else labels.shape[-2:]
+    if size is None:
+        return values
+    return nn.functional.interpolate(values, size=size, mode="bilinear", align_corners=False)
+
+
 class UNetSegmenter(ConvNet):
     """A class for each pixel."""
+
+    map_loss = MapexForSemanticSegmentation.map_loss
 
     def __init__(self, config: MapexConfig):
         super().__init__(config)
         self.network = UNet(self.num_channels, config.num_labels)
 
-    def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None):
-        logits = self.network(to_image(self.config, pixel_values, modality_mask, valid_mask))
-        if labels is None:
-            return SemanticSegmenterOutput(logits=logits)
-        logits = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        config = self.config
-        loss = segmentation_loss(logits, labels, config.semantic_loss_ignore_index, config.class_weights)
-        return SemanticSegmenterOutput(loss=loss, logits=logits)
+    def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None, output_size=None):
+        logits = resized(
+            self.network(to_image(self.config, pixel_values, modality_mask, valid_mask)), labels, output_size
+        )
+        return SemanticSegmenterOutput(None if labels is None else self.map_loss(logits, labels), logits)
 
 
 class UNetRegressor(ConvNet):
     """A value for each pixel."""
 
+    map_loss = MapexForPixelRegression.map_loss
+
     def __init__(self, config: MapexConfig):
         super().__init__(config)
         self.network = UNet(self.num_channels, 1)
 
-    def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None):
+    def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None, output_size=None):
         config = self.config
-        values = self.network(to_image(config, pixel_values, modality_mask, valid_mask))
-        if labels is not None:
-            values = nn.functional.interpolate(values, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        values = resized(self.network(to_image(config, pixel_values, modality_mask, valid_mask)), labels, output_size)
         values = values.squeeze(1) * config.label_std + config.label_mean
-        loss = None if labels is None else regression_loss(values, labels, config.label_mean, config.label_std)
-        return MapexPixelRegressionOutput(loss=loss, logits=values)
+        return MapexPixelRegressionOutput(None if labels is None else self.map_loss(values, labels), values)
 
 
 BASELINES: dict[type, type[ConvNet]] = {

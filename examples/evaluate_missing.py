@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import Stop, parse_arguments
-from finetuning_results import can_draw, intervals
+from finetuning_results import can_draw, intervals, predict
 from finetuning_tasks import MODEL_CLASSES, Task, open_task
 
 from modeling_mapex import MapexConfig
@@ -79,7 +79,8 @@ def score(model, task: Task, missing: str, lacking: set[int], batch_size: int) -
         samples = chips.__getitems__(list(indices))
         samples = [without(sample, missing) if i in lacking else sample for i, sample in zip(indices, samples)]
         batch = collator(samples).to(model.device)
-        rows.append(task.rows(model(**batch).logits, batch["labels"]))
+        is_map = batch["labels"].ndim == 3
+        rows.append(task.rows(predict(model, batch) if is_map else model(**batch).logits, batch["labels"]))
     return np.concatenate(rows)
 
 

@@ -21,7 +21,7 @@ from finetuning_data import Data, check_samples, differ_in_size
 from finetuning_head import fit_head
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
-from finetuning_results import Scores, intervals, peak_memory, results_table
+from finetuning_results import Scores, intervals, peak_memory, predict, results_table
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -161,11 +161,26 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class FinetuningTrainer(MapexTrainer):
-    """Augments what it trains on, and not what it evaluates on."""
+    """Augments what it trains on, and not what it evaluates on. Where it trains on crops, maps of whole samples are
+    made in windows of their size.
+    """
 
-    def __init__(self, *args, eval_collator: MapexCollator, **kwargs):
+    def __init__(self, *args, eval_collator: MapexCollator, in_windows: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.eval_collator = eval_collator
+        self.eval_collator, self.in_windows = eval_collator, in_windows
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self.in_windows:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = predict(model, inputs)
+            labels, config = inputs["labels"], model.config
+            unread = torch.isnan(logits if logits.ndim == labels.ndim else logits[:, 0])
+            ignored = torch.nan if labels.is_floating_point() else config.semantic_loss_ignore_index
+            labels = labels.masked_fill(unread, ignored)
+            loss = model.map_loss(logits, labels)
+        return loss, None if prediction_loss_only else logits, labels
 
     def get_eval_dataloader(self, eval_dataset=None):
         augmenting, self.data_collator = self.data_collator, self.eval_collator
@@ -219,7 +234,7 @@ class Finetuning:
             check_samples(self.training_collator if side == "train" else self.collator, chips)
         self.evaluated_alone = any(differ_in_size(chips) for side, chips in data.sides.items() if side != "train")
         if self.evaluated_alone:
-            print("Samples differ in size: they are evaluated whole, one at a time.")
+            print("Samples differ in size: they are evaluated one at a time.")
         self.try_batch(model)
         if probe and (self.args.overwrite or self.run.last_checkpoint() is None):
             fit_head(
@@ -292,6 +307,7 @@ class Finetuning:
             eval_dataset=self.data.sides.get("validation"),
             data_collator=self.training_collator,
             eval_collator=self.collator,
+            in_windows=self.data.spec["kind"] in ("mask", "map") and self.config.dense_window_size is not None,
             compute_metrics=self.scores,
             preprocess_logits_for_metrics=self.preprocess,
             **options,

@@ -1,5 +1,6 @@
 """Labelled shards for the fine-tuning scripts: which label, which sensors, which samples on which side of the split."""
 
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -285,6 +286,16 @@ def check_sizes(args: DataArguments, sides: dict[str, Chips]) -> None:
     if args.crop_size is None and any(differ_in_size(chips) for chips in sides.values()):
         shown = sorted({size for chips in sides.values() for sample in chips.sizes() for size in sample if size})
         raise Stop(f"Samples differ in size ({shown[0]} to {shown[-1]}): train on crops of one by --crop_size.")
+
+
+def window_size(args: DataArguments, data: Data) -> int | None:
+    """The side of the crops in training, in pixels of the finest sensor; `None` if samples are trained on whole. The
+    crops' own is in those of the finest layer, which the labels may be.
+    """
+    if args.crop_size is None:
+        return None
+    samples = [[max(size or (0, 0)) for size in sample] for sample in data.sides["train"].sizes()]
+    return math.ceil(args.crop_size * max(max(sensors) / max(*sensors, label) for *sensors, label in samples))
 
 
 def differ_in_size(chips: Chips) -> bool:

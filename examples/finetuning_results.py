@@ -12,8 +12,8 @@ from finetuning_data import Chips
 from transformers import EvalPrediction
 
 from modeling_mapex import MapexConfig
-from modeling_mapex.collation_mapex import MapexCollator
 from modeling_mapex.visualization_mapex import display_bands, stretch_limits, to_picture
+from modeling_mapex.windows_mapex import predict_in_windows
 
 
 class Scores:
@@ -99,11 +99,10 @@ def can_draw() -> bool:
     return False
 
 
-@torch.no_grad()
-def predict(model, collator: MapexCollator, chip: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The batch of one sample, on the device of the model, and what the model says of it."""
-    batch = collator([chip]).to(model.device)
-    return batch, model.eval()(**batch)
+def predict(model, batch: dict[str, Any]) -> torch.Tensor:
+    """The map at the size of the labels, in windows of the size of the crops in training, if these were crops."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return predict_in_windows(model, **inputs, output_size=batch["labels"].shape[-2:])
 
 
 def picture_of(config: MapexConfig, batch: dict[str, Any]) -> np.ndarray:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from command_line import Stop, parse_arguments
 from finetuning import Finetuning, Run
-from finetuning_data import Data, read_data
+from finetuning_data import Data, read_data, window_size
 from finetuning_model import build_model
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, can_draw, choose_shown, picture_of, predict
@@ -103,8 +103,8 @@ def predictions_picture(tuning: Finetuning, unit: str):
     grid = figure.add_gridspec(len(pictured) + 1, 3, height_ratios=[*[1] * len(pictured), 1.5])
     rows = {index: [figure.add_subplot(grid[row, column]) for column in range(3)] for row, index in enumerate(pictured)}
     for index in sorted(choose_shown(chips, SCATTERED)):
-        batch, outputs = predict(tuning.model, tuning.collator, chips[index])
-        label, prediction = batch["labels"][0].float().cpu().numpy(), outputs[1][0].float().cpu().numpy()
+        batch = tuning.collator([chips[index]])
+        label, prediction = batch["labels"][0].float().numpy(), predict(tuning.model.eval(), batch)[0].numpy()
         known = ~np.isnan(label)
         pairs.append((label[known], prediction[known]))
         if index in rows:
@@ -146,9 +146,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: FinetuningA
     print(f"`{data.label}` of the training samples: mean {mean:.4g}, standard deviation {std:.4g} ({unit}).")
 
     # Model.
-    model = build_model(
-        MapexForPixelRegression, model_args, data.modalities, num_labels=1, label_mean=mean, label_std=std
-    )
+    fields = {"label_mean": mean, "label_std": std, "dense_window_size": window_size(data_args, data)}
+    model = build_model(MapexForPixelRegression, model_args, data.modalities, num_labels=1, **fields)
     scores = RegressionScores()
 
     # Training, test, results.

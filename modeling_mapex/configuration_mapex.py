@@ -121,6 +121,9 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
         dense_hidden_size (`int`, *optional*), dense_num_stages (`int`):
             Width of the decoder of maps (segmentation, regression) on the grid of tokens, by default about half of the
             encoder's; and in how many stages it goes from there to pixels, each half as wide as the one before.
+        dense_window_size (`int`, *optional*):
+            Side of the windows in which `predict_map` reads an image, in pixels of the sensor with the smallest ones:
+            that of the crops in training. Default: the whole image at once.
         semantic_loss_ignore_index (`int`):
             The label of pixels that do not count in segmentation.
         class_weights (`list[float]`, *optional*):
@@ -217,6 +220,7 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
 
     dense_hidden_size: int | None = None
     dense_num_stages: int = 3
+    dense_window_size: int | None = None
     semantic_loss_ignore_index: int = 255
     class_weights: list[float | int] | None = None
     label_mean: float | int = 0.0
@@ -445,6 +449,8 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`dense_hidden_size` ({self.dense_hidden_size}), halved in each of `dense_num_stages` "
                 f"({self.dense_num_stages}) but the first, must end at a multiple of 8."
             )
+        if self.dense_window_size is not None and self.dense_window_size < 1:
+            raise ValueError(f"`dense_window_size` must be at least 1 pixel, got {self.dense_window_size}.")
         if self.class_weights is not None and (
             len(self.class_weights) != self.num_labels or not all(weight >= 0 for weight in self.class_weights)
         ):

@@ -64,6 +64,7 @@ from .tokens_mapex import (
     token_layout,
     token_positions,
 )
+from .windows_mapex import predict_in_windows
 
 
 POOLING_EPSILON = 1e-6  # added to the variance of tokens that are all equal, whose root has no gradient
@@ -1597,6 +1598,43 @@ class MapexDenseModel(MapexPreTrainedModel):
             outputs.last_hidden_state, layout, pixel_values, modality_mask, valid_mask, gsd, output_size
         )
 
+    def predict_map(
+        self,
+        pixel_values: dict[str, torch.Tensor],
+        modality_mask: dict[str, torch.BoolTensor] | None = None,
+        valid_mask: dict[str, torch.BoolTensor] | None = None,
+        gsd: dict[str, float | torch.Tensor] | None = None,
+        *,
+        window_size: int | None = None,
+        stride: int | None = None,
+        output_size: tuple[int, int] | None = None,
+        batch_size: int = 16,
+    ) -> torch.Tensor:
+        """The logits of an image of any size, in windows of the size that the model was trained on: attention and
+        positions have not learnt to reach farther, and a scene would not fit in memory. Without gradients.
+
+        Args and errors are those of [`predict_in_windows`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_labels, height, width)`, or `(batch_size, height, width)` of a
+            regression, on the device of `pixel_values`; NaN where no window holds a valid pixel.
+        """
+        return predict_in_windows(
+            self,
+            pixel_values,
+            modality_mask,
+            valid_mask,
+            gsd,
+            window_size=window_size,
+            stride=stride,
+            output_size=output_size,
+            batch_size=batch_size,
+        )
+
+    def map_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of a map, as `forward` computes it."""
+        raise NotImplementedError
+
 
 class MapexForSemanticSegmentation(MapexDenseModel):
     """MAPEX with a convolutional decoder to a class for each pixel."""
@@ -1604,6 +1642,11 @@ class MapexForSemanticSegmentation(MapexDenseModel):
     def __init__(self, config: MapexConfig):
         super().__init__(config, config.num_labels)
         self.num_labels = config.num_labels
+
+    def map_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Cross-entropy by `config.class_weights`, see [`segmentation_loss`]."""
+        config = self.config
+        return segmentation_loss(logits, labels, config.semantic_loss_ignore_index, config.class_weights)
 
     @can_return_tuple
     def forward(
@@ -1634,11 +1677,8 @@ class MapexForSemanticSegmentation(MapexDenseModel):
             check_class_map(labels, self.num_labels, config.semantic_loss_ignore_index)
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         logits = self._decode(outputs, pixel_values, modality_mask, valid_mask, gsd, output_size, labels)
-        loss = None
-        if labels is not None:
-            loss = segmentation_loss(logits, labels, config.semantic_loss_ignore_index, config.class_weights)
         return MapexSemanticSegmenterOutput(
-            loss=loss,
+            loss=None if labels is None else self.map_loss(logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -1653,6 +1693,10 @@ class MapexForPixelRegression(MapexDenseModel):
 
     def __init__(self, config: MapexConfig):
         super().__init__(config, 1)
+
+    def map_loss(self, logits: torch.Tensor, labels: torch.FloatTensor) -> torch.Tensor:
+        """Mean square error in standard deviations, see [`regression_loss`]."""
+        return regression_loss(logits, labels, self.config.label_mean, self.config.label_std)
 
     @can_return_tuple
     def forward(
@@ -1681,9 +1725,8 @@ class MapexForPixelRegression(MapexDenseModel):
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         values = self._decode(outputs, pixel_values, modality_mask, valid_mask, gsd, output_size, labels)
         logits = values.squeeze(1) * config.label_std + config.label_mean  # (B, H, W)
-        loss = None if labels is None else regression_loss(logits, labels, config.label_mean, config.label_std)
         return MapexPixelRegressionOutput(
-            loss=loss,
+            loss=None if labels is None else self.map_loss(logits, labels),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

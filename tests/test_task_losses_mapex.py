@@ -63,6 +63,7 @@ class TestMaps:
         [
             ({"class_weights": [1.0]}, "class_weights"),
             ({"dense_hidden_size": 20}, "dense_hidden_size"),
+            ({"dense_window_size": 0}, "dense_window_size"),
             ({"label_std": 0.0}, "label_std"),
         ],
     )
