@@ -121,6 +121,9 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
         dense_hidden_size (`int`, *optional*), dense_num_stages (`int`):
             Width of the decoder of maps (segmentation, regression) on the grid of tokens, by default about half of the
             encoder's; and in how many stages it goes from there to pixels, each half as wide as the one before.
+        dense_num_frequencies (`int`):
+            Of the sines and cosines of elevations (modalities whose `unit` is metres) that the decoder of maps reads
+            beside them, see [`fourier_features`].
         dense_window_size (`int`, *optional*):
             Side of the windows in which `predict_map` reads an image, in pixels of the sensor with the smallest ones:
             that of the crops in training. Default: the whole image at once.
@@ -220,6 +223,7 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
 
     dense_hidden_size: int | None = None
     dense_num_stages: int = 3
+    dense_num_frequencies: int = 8
     dense_window_size: int | None = None
     semantic_loss_ignore_index: int = 255
     class_weights: list[float | int] | None = None
@@ -397,6 +401,12 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
         """Width of `pooler_output`."""
         return 2 * self.hidden_size if self.pooling_type == "mean_std" else self.hidden_size
 
+    def pixel_parts(self, name: str) -> int:
+        """What the decoder of maps reads of each band of a modality: its pixels, and of elevations their sines and
+        cosines.
+        """
+        return 1 + 2 * self.dense_num_frequencies if self.modalities[name].get("unit") == "metres" else 1
+
     def num_encoder_parameters(self) -> int:
         """Parameters of `MapexModel`, computed from the fields alone; equal to what the built model counts."""
         width, inner = self.hidden_size, self.intermediate_size
@@ -449,6 +459,8 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`dense_hidden_size` ({self.dense_hidden_size}), halved in each of `dense_num_stages` "
                 f"({self.dense_num_stages}) but the first, must end at a multiple of 8."
             )
+        if self.dense_num_frequencies < 0:
+            raise ValueError(f"`dense_num_frequencies` must be at least 0, got {self.dense_num_frequencies}.")
         if self.dense_window_size is not None and self.dense_window_size < 1:
             raise ValueError(f"`dense_window_size` must be at least 1 pixel, got {self.dense_window_size}.")
         if self.class_weights is not None and (

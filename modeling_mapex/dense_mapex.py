@@ -8,6 +8,27 @@ from torch import nn
 from .tokens_mapex import TokenLayout
 
 
+def fourier_features(pixels: torch.Tensor, num_frequencies: int) -> torch.Tensor:
+    """Normalised pixels, and beside them their sines and cosines: layers learn slowly what happens in a small part of
+    the range of their input, like single metres of an elevation that varies by hundreds, but soon from waves as short
+    (Tancik et al., arXiv 2006.10739; an octave from each wave to the next as in arXiv 2003.08934). Of cosines it is
+    their distance from 1: a pixel of zero, as one that is missing reads, stays zero.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch_size, bands, height, width)`)
+        num_frequencies (`int`): The longest wave is 4 standard deviations, each of the others half of the one before.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, (1 + 2 * num_frequencies) * bands, height, width)`, in fp32: all bands,
+        all sines of the longest wave, all cosines of it, and so on.
+    """
+    features = [pixels.float()]
+    for octave in range(num_frequencies):
+        angles = features[0] * (torch.pi / 2 * 2**octave)
+        features += [angles.sin(), 1.0 - angles.cos()]
+    return torch.cat(features, dim=1)
+
+
 def ground_extent(
     layout: TokenLayout,
     modalities: dict[str, dict],

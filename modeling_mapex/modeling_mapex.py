@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs,
 from .calibration_mapex import ExpertRecorder
 from .checkpoint_mapex import Repository, group_by_modality, open_pruned, staged, upload_checkpoint
 from .configuration_mapex import AUTO_MAP, MapexConfig
-from .dense_mapex import fuse_maps, fuse_tokens, ground_extent, reference_modality
+from .dense_mapex import fourier_features, fuse_maps, fuse_tokens, ground_extent, reference_modality
 from .losses_mapex import (
     PretrainingSums,
     masked_squared_error,
@@ -1489,7 +1489,7 @@ class MapexDenseDecoder(nn.Module):
     """Light convolutional decoder from the tokens of all modalities to a map. Tokens are projected by modality, and
     averaged on a common grid in metres over those modalities that are present at a place; stages of convolutions go
     from there to the size of the output, where a convolution over the pixels themselves, averaged likewise, brings back
-    the detail that patches lose.
+    the detail that patches lose. Of elevations it also reads the Fourier features.
     """
 
     def __init__(self, config: MapexConfig, num_channels: int):
@@ -1505,7 +1505,7 @@ class MapexDenseDecoder(nn.Module):
         )
         self.pixel_embeddings = nn.ModuleDict(
             {
-                name: nn.Conv2d(len(spec["bands"]), last, kernel_size=3, padding=1)
+                name: nn.Conv2d(config.pixel_parts(name) * len(spec["bands"]), last, kernel_size=3, padding=1)
                 for name, spec in config.modalities.items()
             }
         )
@@ -1555,7 +1555,8 @@ class MapexDenseDecoder(nn.Module):
         for name in layout.grids:
             pixels, there = pixels_that_count(name, pixel_values, modality_mask, valid_mask)
             embedding = self.pixel_embeddings[name]
-            details[name] = embedding(pixels.to(embedding.weight.dtype))  # (B, w, H, W)
+            parts = fourier_features(pixels, self.config.pixel_parts(name) // 2)
+            details[name] = embedding(parts.to(embedding.weight.dtype))  # (B, w, H, W)
             present[name] = torch.ones_like(pixels[:, :1], dtype=torch.bool) if there is None else there
         details = fuse_maps(details, present, extents, reference, size)
         return self.output(self.fusion(torch.cat([features, details], dim=1)))

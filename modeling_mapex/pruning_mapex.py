@@ -434,9 +434,11 @@ def kept_part(key: str, config, pruned) -> KeptPart | None:
         bands = select_bands(name, spec["bands"], pruned.modalities[name]["bands"])
         if kind == "modality_projections":
             return KeptPart(key)
-        if kind != "heads":  # embeddings: weight (D, C, p, p), bias (D,)
-            weight_index = (None, _unless_all(bands, len(spec["bands"])))
-            return KeptPart(key, weight_index if key.endswith(".weight") else ())
+        if kind != "heads":  # embeddings: weight (D, C, p, p), of pixels (D, parts * C, 3, 3), bias (D,)
+            count = len(spec["bands"])
+            parts = config.pixel_parts(name) if kind == "pixel_embeddings" else 1
+            columns = [part * count + band for part in range(parts) for band in bands]
+            return KeptPart(key, (None, _unless_all(columns, parts * count)) if key.endswith(".weight") else ())
         pixels = spec["patch_size"] ** 2  # head: (C * P, ...)
         rows = [band * pixels + pixel for band in bands for pixel in range(pixels)]
         return KeptPart(key, (_unless_all(rows, len(spec["bands"]) * pixels),))

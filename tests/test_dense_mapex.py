@@ -8,7 +8,7 @@ from conftest import MODALITIES, randomize, subsets, tiny_config, tiny_inputs
 from transformers import AutoBackbone, AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
 
 from modeling_mapex import MapexBackbone, MapexForPixelRegression, MapexForPreTraining, MapexForSemanticSegmentation
-from modeling_mapex.dense_mapex import fuse_maps, ground_extent, reference_modality
+from modeling_mapex.dense_mapex import fourier_features, fuse_maps, ground_extent, reference_modality
 from modeling_mapex.tokens_mapex import token_layout
 
 
@@ -72,6 +72,54 @@ class TestFusion:
         layout = token_layout(config.modalities, pixels)
         assert ground_extent(layout, config.modalities, gsd)["height"].tolist() == [[160.0, 160.0], [208.0, 208.0]]
         assert reference_modality(layout, config.modalities) == "radar"  # of equals the first
+
+
+class TestElevations:
+    def test_features(self):
+        pixels = torch.tensor([0.0, 1.0, 1 / 128]).view(1, 1, 1, 3).expand(1, 2, 1, 3)
+        features = fourier_features(pixels, 8)
+        assert features.shape == (1, 34, 1, 3) and torch.equal(features[:, :2], pixels)
+        assert not features[..., 0].any()  # zero stays zero
+        longest, shortest = features[0, [2, 4], 0, 1], features[0, [-4, -2], 0, 2]
+        torch.testing.assert_close(longest, torch.tensor([1.0, 1.0]))  # a quarter of a wave
+        torch.testing.assert_close(shortest, torch.tensor([1.0, 1.0]))
+        assert torch.equal(fourier_features(pixels, 0), pixels)
+
+    def test_single_metres_are_learnt(self):
+        """Water lies below 3 m, where elevations vary by hundreds; without the features it is not found."""
+        modalities = {"dem": {"bands": ["elevation"], "gsd": 30.0, "patch_size": 4, "unit": "metres"}}
+        torch.manual_seed(0)
+        metres = torch.randint(0, 6, (8, 1, 16, 16)).float()
+        labels = (metres[:, 0] < 3).long()
+        right = {}
+        for count in (8, 0):
+            torch.manual_seed(0)
+            config = tiny_config(
+                modalities=modalities, num_labels=2, dense_num_frequencies=count, initializer_range=0.02
+            )
+            model = MapexForSemanticSegmentation(config).train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+            for _ in range(60):
+                model({"dem": (metres - 275.0) / 400.0}, labels=labels).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            logits = predict(model.eval(), {"dem": (metres - 275.0) / 400.0})
+            right[count] = (logits.argmax(dim=1) == labels).float().mean().item()
+        assert right[8] > 0.95 and right[0] < 0.8
+
+    def test_prunes_with_its_bands(self):
+        modalities = copy.deepcopy(MODALITIES)
+        modalities["optical"]["unit"] = "metres"
+        model = tiny_model(modalities=modalities)
+        assert model.dense_decoder.pixel_embeddings["optical"].weight.shape[1] == 4 * 17
+        assert model.dense_decoder.pixel_embeddings["radar"].weight.shape[1] == 2
+        model.calibrate_experts([{"pixel_values": inputs()}])
+        small = model.prune_for_modalities({"optical": ["nir", "red"]}, coverage=1.0).build()
+        pixels, whole = torch.randn(2, 2, 16, 16), torch.zeros(2, 4, 16, 16)
+        whole[:, 3], whole[:, 2] = pixels[:, 0], pixels[:, 1]
+        torch.testing.assert_close(
+            predict(small, {"optical": pixels}), predict(model, {"optical": whole}), rtol=1e-4, atol=1e-4
+        )
 
 
 class TestMaps:
