@@ -313,11 +313,11 @@ def _code() -> str:
     return """## The code in this repository
 
 For those who have to approve `trust_remote_code`: the `*_mapex.py` files are the model (`modeling_`, `tokens_`,
-`masking_`, `losses_`), its configuration and sensors (`configuration_`, `sensors_`, `units_`), pruning (`pruning_`,
-`calibration_`), reading and writing of weights (`checkpoint_`, `modelcard_`) and preparation of images
-(`image_processing_`). They import torch, transformers, huggingface_hub, safetensors and numpy, start no process, and
-use the network and the disk only where you ask them to load, save or push, by the means of these libraries. Weights
-are safetensors; pickles are never opened."""
+`masking_`, `losses_`, `task_losses_`), its maps (`dense_`, `windows_`), its configuration and sensors
+(`configuration_`, `sensors_`, `units_`), pruning (`pruning_`, `calibration_`), reading and writing of weights
+(`checkpoint_`, `modelcard_`) and preparation of images (`image_processing_`). They import torch, transformers,
+huggingface_hub, safetensors and numpy, start no process, and use the network and the disk only where you ask them to
+load, save or push, by the means of these libraries. Weights are safetensors; pickles are never opened."""
 
 
 def _limits(config, class_name: str) -> str:
@@ -326,6 +326,11 @@ def _limits(config, class_name: str) -> str:
         "without an error where numbers alone cannot tell.",
         "- Patches must fit: heights and widths are multiples of the patch size.",
     ]
+    if config.dense_window_size is not None:
+        lines.append(
+            f"- Trained on crops of {config.dense_window_size} pixels: read larger images by `model.predict_map(...)`, "
+            "in windows of that size."
+        )
     if config.pruning is not None:
         lines.append("- Modalities, bands and experts that were dropped are gone; load the source for others.")
     if class_name != "MapexForPreTraining":

@@ -7,7 +7,13 @@ import torch
 from conftest import MODALITIES, randomize, tiny_config, tiny_inputs
 from huggingface_hub import ModelCard
 
-from modeling_mapex import MapexConfig, MapexForImageClassification, MapexForPreTraining, MapexModel
+from modeling_mapex import (
+    MapexConfig,
+    MapexForImageClassification,
+    MapexForPreTraining,
+    MapexForSemanticSegmentation,
+    MapexModel,
+)
 from modeling_mapex.modelcard_mapex import is_edited, write_model_card
 
 
@@ -108,6 +114,12 @@ class TestContent:
                 code = snippet.replace(', revision="..."', "")
                 code = re.sub(r"processor = .*", "", code)  # these modalities have no statistics
                 exec(code, {})
+
+    def test_names_all_code_and_how_to_read_scenes(self, tmp_path):
+        text = card_of(MapexForSemanticSegmentation(tiny_config(dense_window_size=16)), tmp_path).text
+        code = {file.name.removesuffix("mapex.py") for file in tmp_path.glob("*_mapex.py")}
+        assert code == set(re.findall(r"`(\w+_)`", text[text.index("## The code") : text.index("## Limits")]))
+        assert "crops of 16 pixels: read larger images by `model.predict_map(...)`" in text
 
     def test_tensors_are_not_needed(self, tmp_path):
         """Without mixtures, statistics or pruning the card has nothing to say of them, and says so."""
