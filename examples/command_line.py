@@ -1,6 +1,7 @@
 """What the scripts share of their command line: options from a file, help that keeps its lines, and how they stop."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,6 +10,8 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from modeling_mapex import MapexConfig
 
 
 class Stop(SystemExit):
@@ -32,6 +35,17 @@ def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | N
             raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
         parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(args=argv)
+
+
+def read_overrides(value: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Of `--config_overrides`: fields of the configuration as JSON, or from a file of options as a mapping."""
+    try:
+        fields_of_config = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise Stop(f"--config_overrides is no JSON: {error}") from error
+    if unknown := sorted(set(fields_of_config) - {entry.name for entry in fields(MapexConfig)}):
+        raise Stop(f"--config_overrides names {unknown}, which are no fields of MapexConfig.")
+    return fields_of_config
 
 
 def read_mapping(file: str) -> dict[str, Any]:

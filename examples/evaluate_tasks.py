@@ -90,6 +90,7 @@ class Job:
 def read_file(args: Arguments) -> dict[str, Any]:
     """Methods, and the tasks that were asked for."""
     content = read_mapping(args.file)
+    content.setdefault("methods", {})  # where each task has its own
     for kind in ("tasks", "methods"):
         if not isinstance(content.get(kind), dict):
             sys.exit(f"{args.file} needs a mapping `{kind}`.")
@@ -199,7 +200,7 @@ def main(args: Arguments) -> None:
         for job in tqdm(jobs, desc="Evaluating", unit="run"):
             if job.results() is None and (words := job.run()):
                 failed.append(f"{job.folder}: {words}")
-    print(report(content, jobs))
+    print(report(content, jobs) or f"No run is finished in {args.output_dir}.")
     if failed:
         sys.exit("These runs failed:\n" + "\n".join(failed))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from baselines import BASELINES
-from command_line import Stop
+from command_line import Stop, read_overrides
 from finetuning_options import ModelArguments, assignments
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
@@ -38,6 +38,7 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
         raise Stop(
             "--convnet is trained whole and from random weights: leave out --method, --keep_all, --from_scratch."
         )
+    config_fields |= read_overrides(args.config_overrides)
     added = assignments("--add", args.add)
     if not args.keep_all:
         pruning["modalities"] = {name: bands for name, bands in modalities.items() if name not in added}

@@ -42,6 +42,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "Instead, to compare with, a convolutional network of similar size with random weights."},
     )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Fields of MapexConfig as JSON (a mapping in a file): '{\"hidden_dropout_prob\": 0.1}'."},
+    )
     method: Literal["full", "frozen", "lora"] = field(
         default="full", metadata={"help": "Train everything, only the head, or the head and low-rank adapters (peft)."}
     )

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, send_to_device, set_seed
-from command_line import Stop, parse_arguments
+from command_line import Stop, parse_arguments, read_overrides
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
@@ -143,14 +143,14 @@ FIXED_SETTINGS = ("max_steps", "per_device_batch_size", "gradient_accumulation_s
 
 def build_model(args: ModelArguments) -> MapexForPreTraining:
     """The model to train, from a checkpoint, a configuration or a preset."""
+    overrides = read_overrides(args.config_overrides)
+    existing = args.model_name_or_path or args.config_name
+    if existing and args.modalities:
+        there = list(MapexConfig.from_pretrained(existing).modalities)
+        if sorted(args.modalities) != there:
+            raise Stop(f"{existing} has the sensors {there}, and --modalities names {list(args.modalities)}.")
     if args.model_name_or_path:
-        return MapexForPreTraining.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    overrides = args.config_overrides or {}
-    if isinstance(overrides, str):
-        try:
-            overrides = json.loads(overrides)
-        except json.JSONDecodeError as error:
-            raise Stop(f"--config_overrides is no JSON: {error}") from error
+        return MapexForPreTraining.from_pretrained(args.model_name_or_path, dtype=torch.float32, **overrides)
     if args.config_name:
         return MapexForPreTraining(MapexConfig.from_pretrained(args.config_name, **overrides))
     return MapexForPreTraining(MapexConfig.from_preset(args.preset, modalities=args.modalities, **overrides))

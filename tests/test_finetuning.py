@@ -286,6 +286,41 @@ class TestLearning:
         right = [int(model.eval()(**batch).logits.argmax()) == int(batch["labels"]) for batch in batches]
         assert np.mean(right) == pytest.approx(metrics["accuracy"])
 
+    @pytest.mark.parametrize("label", ["flood", "biomass"])
+    def test_trained_on_crops_and_measured_in_windows_of_their_size(self, options, tmp_path, label):
+        metrics = run(options, tmp_path / "run", label, crop_size=8, max_steps=8, eval_steps=4)
+        script = SCRIPTS[label]
+        model_class = finetuning_tasks.MODEL_CLASSES[f"{script.__name__}.py"]
+        model = model_class.from_pretrained(tmp_path / "run" / "model").eval()
+        assert model.config.dense_window_size == 8
+        task = finetuning_tasks.open_task(f"{script.__name__}.py", json.loads((tmp_path / "run/run.json").read_text()))
+        collator = MapexCollator(MapexImageProcessor.from_config(model.config), **task.collator_options)
+        rows, farthest = [], 0.0
+        for chip in task.data.sides["test"]:
+            batch = collator([chip])
+            labels = batch.pop("labels")
+            logits = model.predict_map(**batch, output_size=labels.shape[-2:])
+            at_once = model.predict_map(**batch, window_size=SIZE, output_size=labels.shape[-2:])
+            farthest = max(farthest, (logits - at_once).abs().max().item())
+            rows.append(task.rows(logits, labels))
+        assert metrics == pytest.approx(task.scores.metrics(np.concatenate(rows), np.ones(len(rows))), rel=1e-4)
+        assert farthest > 1e-3
+
+    def test_windows_where_labels_are_the_finest(self, options, tmp_path):
+        """A crop of 16 pixels of labels is one of 8 of the sensor."""
+
+        def read_finer(item):
+            sample = read(item)
+            mask = sample.labels["flood"]
+            sample.labels["flood"] = None if mask is None else mask.repeat(2, axis=0).repeat(2, axis=1)
+            return sample
+
+        shards = write(tmp_path / "shards", 48, read_finer)
+        run(options, tmp_path / "run", "flood", shards=shards, crop_size=16, max_steps=2)
+        config = MapexConfig.from_pretrained(tmp_path / "run" / "model")
+        assert config.dense_window_size == 8
+        assert results_of(tmp_path / "run")["per_class"]["wet"]["pixels"] % 4 == 0
+
     def test_without_validation(self, options, tmp_path, capsys):
         metrics = run(options, tmp_path / "run", "crop", validation=0.0, max_steps=40)
         assert metrics["accuracy"] > 0.9 and "the last model is kept" in capsys.readouterr().out
@@ -749,6 +784,8 @@ class TestStops:
             ("cover", {"class_weights": "balanced"}, "--class_weights are for one label"),
             ("crop", {"class_weights": ["1", "2"]}, "a number for each of"),
             ("crop", {"crop_size": 50}, "Sample `chip-.*Cannot cut 50 pixels"),
+            ("crop", {"config_overrides": "{dropout: 1}"}, "--config_overrides is no JSON"),
+            ("crop", {"config_overrides": {"dropout": 1}}, r"--config_overrides names \['dropout'\]"),
             ("crop", {"convnet": True, "head": "probe"}, "--head probe is for the features of MAPEX"),
             ("crop", {"best_metric": "mean_iou"}, "no metric `mean_iou`.*accuracy"),
             ("flood", {"classes": {"dry": [3], "snow": [4]}}, r"holds the codes \[7\]"),

@@ -21,7 +21,7 @@ from shard_samples import SCHEMA, items, read
 pytest.importorskip("accelerate", reason="pretraining needs the extras `data` and `train`")
 pytest.importorskip("torchdata", reason="pretraining needs the extras `data` and `train`")
 
-from modeling_mapex import MapexForPreTraining, MapexImageProcessor, writing_mapex
+from modeling_mapex import MapexConfig, MapexForPreTraining, MapexImageProcessor, writing_mapex
 from modeling_mapex.data_mapex import split_of_place
 from modeling_mapex.writing_mapex import write_shards
 
@@ -307,6 +307,20 @@ class TestStops:
 
     def test_unknown_sensor(self, shards, tmp_path):
         assert "Unknown" in self.stop(shards, tmp_path, modalities=["s3"])
+
+    def test_other_sensors_than_the_checkpoint(self, shards, tmp_path):
+        """And fields of the configuration are changed in a checkpoint, too."""
+        config = MapexConfig.from_preset("nano", modalities=SETTINGS["modalities"], **OVERRIDES)
+        model = MapexForPreTraining(config)
+        model.save_pretrained(tmp_path / "model")
+        given = {"model_name_or_path": str(tmp_path / "model")}
+        assert "has the sensors ['dem', 's1', 's2']" in self.stop(shards, tmp_path, modalities=["s1"], **given)
+        assert "no fields of MapexConfig" in self.stop(shards, tmp_path, config_overrides={"mask_share": 0.5}, **given)
+        args = run_pretraining.ModelArguments(config_overrides='{"mask_ratio": 0.5}', **given)
+        continued = run_pretraining.build_model(args)
+        assert continued.config.mask_ratio == 0.5
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(continued.state_dict()[name], tensor), name
 
     def test_no_sources(self, tmp_path):
         assert "Nothing to train on" in self.stop([], tmp_path)
