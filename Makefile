@@ -60,6 +60,7 @@ outputs/dense/model: | $(VENV)/.ready
 # On the shards of docs/pretraining.md, below shards/: hours on two cores; what was interrupted is gone on with.
 evaluate: $(VENV)/.ready outputs/short/model outputs/dense/model
 	$(BIN)/python examples/evaluate_tasks.py
+	$(BIN)/python examples/evaluate_tasks.py --file examples/configs/ablations.yaml --output_dir outputs/ablations
 
 clean:
 	rm -rf .venv outputs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,8 @@ pair by pair; printed are the median and its quartiles.
     Trainer / bare loop       `MapexTrainer` against a loop over the same loader with the same optimiser
     extracting / encoding     `evaluate_frozen.py` reading, processing and encoding shards, with one worker, against the
                               encoder alone on batches that lie ready
+    predict_map               of a scene eight chips wide, in windows of a chip with half of it to the next, against the
+                              forward passes of these windows alone, and against the scene as one image
     memory                    parameters, gradients and what autograd keeps for the backward pass
 """
 
@@ -32,7 +34,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import HfArgumentParser, PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
-from modeling_mapex import SENSORS, MapexForImageClassification, MapexTrainer
+from modeling_mapex import SENSORS, MapexForImageClassification, MapexForSemanticSegmentation, MapexTrainer
 from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema
 from modeling_mapex.writing_mapex import Item, write_shards
 
@@ -43,6 +45,7 @@ from frozen_features import Encoder, Shards, compute_features
 
 
 NUM_LABELS = 10
+SCENE = 8  # chips a side
 
 
 @dataclass
@@ -175,6 +178,31 @@ def extracting_and_encoding(
     return extracting, encoding
 
 
+def scene_in_windows(args: Arguments) -> tuple[Callable[[], None], ...]:
+    """Functions that map a scene: by `predict_map` in windows, by the windows' forward passes alone, and at once."""
+    segmenter = MapexForSemanticSegmentation.from_pretrained(
+        args.model, modalities=[args.modality], experts_per_layer=1, num_labels=2
+    )
+    segmenter.to(args.device).eval()
+    channels, size = len(segmenter.config.modalities[args.modality]["bands"]), args.image_size
+    scene = {args.modality: torch.randn(1, channels, SCENE * size, SCENE * size)}
+    count = (2 * SCENE - 1) ** 2
+    windows = torch.randn(count, channels, size, size, device=args.device)
+
+    def in_windows() -> None:
+        segmenter.predict_map(scene, window_size=size, batch_size=args.batch_size)
+
+    def forward_passes() -> None:
+        with torch.no_grad():
+            for part in windows.split(args.batch_size):
+                segmenter({args.modality: part}).logits.cpu()
+
+    def at_once() -> None:
+        segmenter.predict_map(scene)
+
+    return in_windows, forward_passes, at_once
+
+
 def main(args: Arguments) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -212,6 +240,12 @@ def main(args: Arguments) -> None:
     with TemporaryDirectory() as folder:
         extracting, encoding = extracting_and_encoding(single, Path(folder) / "shards", args)
         row("extracting from shards / encoding", compare(extracting, encoding, replace(args, repetitions=7)))
+
+    in_windows, forward_passes, at_once = scene_in_windows(args)
+    row(
+        "predict_map / forward passes of its windows", compare(in_windows, forward_passes, replace(args, repetitions=7))
+    )
+    row("predict_map in windows / at once", compare(in_windows, at_once, replace(args, repetitions=7)))
 
     pixel_values = inputs["pixel_values"]
     memory = {model: training_memory(model.train(), pixel_values) for model in (full, covering, single)}

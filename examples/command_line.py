@@ -43,6 +43,8 @@ def read_overrides(value: str | dict[str, Any] | None) -> dict[str, Any]:
         fields_of_config = json.loads(value) if isinstance(value, str) else value or {}
     except json.JSONDecodeError as error:
         raise Stop(f"--config_overrides is no JSON: {error}") from error
+    if not isinstance(fields_of_config, dict):
+        raise Stop(f"--config_overrides must be a mapping from fields to values, got {value}.")
     if unknown := sorted(set(fields_of_config) - {entry.name for entry in fields(MapexConfig)}):
         raise Stop(f"--config_overrides names {unknown}, which are no fields of MapexConfig.")
     return fields_of_config

@@ -79,8 +79,9 @@ def score(model, task: Task, missing: str, lacking: set[int], batch_size: int) -
         samples = chips.__getitems__(list(indices))
         samples = [without(sample, missing) if i in lacking else sample for i, sample in zip(indices, samples)]
         batch = collator(samples).to(model.device)
-        is_map = batch["labels"].ndim == 3
-        rows.append(task.rows(predict(model, batch) if is_map else model(**batch).logits, batch["labels"]))
+        labels = batch["labels"]
+        logits, labels = predict(model, batch, batch_size) if labels.ndim == 3 else (model(**batch).logits, labels)
+        rows.append(task.rows(logits, labels))
     return np.concatenate(rows)
 
 

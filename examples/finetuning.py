@@ -168,17 +168,22 @@ class FinetuningTrainer(MapexTrainer):
     def __init__(self, *args, eval_collator: MapexCollator, in_windows: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_collator, self.in_windows = eval_collator, in_windows
+        self.unread = 0  # labelled pixels in windows without data
+
+    def evaluate(self, *args, **kwargs):
+        self.unread = 0
+        metrics = super().evaluate(*args, **kwargs)
+        if self.unread:
+            print(f"{self.unread} labelled pixels have no valid pixel of any sensor around them and do not count.")
+        return metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if not self.in_windows:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = predict(model, inputs)
-            labels, config = inputs["labels"], model.config
-            unread = torch.isnan(logits if logits.ndim == labels.ndim else logits[:, 0])
-            ignored = torch.nan if labels.is_floating_point() else config.semantic_loss_ignore_index
-            labels = labels.masked_fill(unread, ignored)
+            logits, labels = predict(model, inputs, self.args.per_device_eval_batch_size)
+            self.unread += int(((labels != inputs["labels"]) & ~torch.isnan(inputs["labels"])).sum())
             loss = model.map_loss(logits, labels)
         return loss, None if prediction_loss_only else logits, labels
 
@@ -307,7 +312,7 @@ class Finetuning:
             eval_dataset=self.data.sides.get("validation"),
             data_collator=self.training_collator,
             eval_collator=self.collator,
-            in_windows=self.data.spec["kind"] in ("mask", "map") and self.config.dense_window_size is not None,
+            in_windows=self.data.spec["kind"] in ("mask", "map") and self.config.dense_window_metres is not None,
             compute_metrics=self.scores,
             preprocess_logits_for_metrics=self.preprocess,
             **options,

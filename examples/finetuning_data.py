@@ -1,6 +1,5 @@
 """Labelled shards for the fine-tuning scripts: which label, which sensors, which samples on which side of the split."""
 
-import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,12 +90,14 @@ class Data:
         label (`str`), spec (`dict`): The label, and what the shards say of it.
         modalities (`dict[str, list[str] | None]`): Modality of the model to the bands to keep, `None` for all.
         sides (`dict[str, Chips]`): `"train"`, `"test"` and, unless there is none, `"validation"`.
+        config (`MapexConfig`): Of the whole model, with the sensors of `--add`.
     """
 
     label: str
     spec: dict[str, Any]
     modalities: dict[str, list[str] | None]
     sides: dict[str, Chips]
+    config: MapexConfig
 
 
 def read_data(model_args: ModelArguments, data_args: DataArguments, kinds: Sequence[str], seed: int) -> Data:
@@ -116,7 +117,7 @@ def read_data(model_args: ModelArguments, data_args: DataArguments, kinds: Seque
     for side, chips in sides.items():
         print(f"{side}: {len(chips)} samples of {len(set(chips.places()))} places")
     check_sizes(data_args, sides)
-    return Data(label, schema.labels[label], modalities, sides)
+    return Data(label, schema.labels[label], modalities, sides, config)
 
 
 def read_config(args: ModelArguments) -> MapexConfig:
@@ -288,14 +289,19 @@ def check_sizes(args: DataArguments, sides: dict[str, Chips]) -> None:
         raise Stop(f"Samples differ in size ({shown[0]} to {shown[-1]}): train on crops of one by --crop_size.")
 
 
-def window_size(args: DataArguments, data: Data) -> int | None:
-    """The side of the crops in training, in pixels of the finest sensor; `None` if samples are trained on whole. The
-    crops' own is in those of the finest layer, which the labels may be.
+def window_metres(args: DataArguments, data: Data) -> float | None:
+    """The mean side of the crops in training; `None` if samples are trained on whole. Crops are measured in pixels of
+    the finest layer, which the labels may be.
     """
     if args.crop_size is None:
         return None
-    samples = [[max(size or (0, 0)) for size in sample] for sample in data.sides["train"].sizes()]
-    return math.ceil(args.crop_size * max(max(sensors) / max(*sensors, label) for *sensors, label in samples))
+    chips, metres = data.sides["train"], []
+    resolutions = zip(*(chips.column(f"{stored}__gsd") for stored in chips.names))
+    for sizes, gsd in zip(chips.sizes(), resolutions):
+        sides = [max(size) if size is not None else 0 for size in sizes]  # of the sensors, then of the labels
+        side, resolution = max((side, gsd) for side, gsd in zip(sides, gsd) if side)
+        metres.append(args.crop_size * side / max(sides) * resolution)
+    return float(np.mean(metres))
 
 
 def differ_in_size(chips: Chips) -> bool:

@@ -8,6 +8,7 @@ import torch
 from baselines import BASELINES
 from command_line import Stop, read_overrides
 from finetuning_options import ModelArguments, assignments
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -38,7 +39,10 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
         raise Stop(
             "--convnet is trained whole and from random weights: leave out --method, --keep_all, --from_scratch."
         )
-    config_fields |= read_overrides(args.config_overrides)
+    overrides = read_overrides(args.config_overrides)
+    if settled := sorted(set(overrides) & ({"modalities", "dtype", *config_fields} - {"dense_window_metres"})):
+        raise Stop(f"--config_overrides cannot change {settled}, which the data and other options settle.")
+    config_fields |= overrides
     added = assignments("--add", args.add)
     if not args.keep_all:
         pruning["modalities"] = {name: bands for name, bands in modalities.items() if name not in added}
@@ -46,7 +50,7 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
         model = model_class.from_pretrained(args.model, dtype=torch.float32, **pruning, **config_fields)
         for name, like in added.items():
             model = add_modality(model, name, like)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise Stop(f"{error}") from error
     if args.from_scratch:
         config = model.config

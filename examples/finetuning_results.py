@@ -99,10 +99,16 @@ def can_draw() -> bool:
     return False
 
 
-def predict(model, batch: dict[str, Any]) -> torch.Tensor:
-    """The map at the size of the labels, in windows of the size of the crops in training, if these were crops."""
+def predict(model, batch: dict[str, Any], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map of a batch, in windows of the size of the crops in training, if these were crops; and its labels, ignored
+    where no window over them holds a valid pixel, and the map is NaN. `batch_size` is of windows.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return predict_in_windows(model, **inputs, output_size=batch["labels"].shape[-2:])
+    labels = batch["labels"]
+    logits = predict_in_windows(model, **inputs, output_size=labels.shape[-2:], batch_size=batch_size, progress=False)
+    unread = torch.isnan(logits if logits.ndim == labels.ndim else logits[:, 0])
+    ignored = torch.nan if labels.is_floating_point() else model.config.semantic_loss_ignore_index
+    return logits, labels.masked_fill(unread, ignored)
 
 
 def picture_of(config: MapexConfig, batch: dict[str, Any]) -> np.ndarray:

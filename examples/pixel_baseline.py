@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from baselines import to_image
 from command_line import Stop, read_mapping
-from finetuning_data import Data, read_config
-from finetuning_options import FinetuningArguments, ModelArguments
+from finetuning_data import Data
+from finetuning_options import FinetuningArguments
 from finetuning_results import Scores, intervals, peak_memory, results_table
 from finetuning_tasks import open_task, part_of
 from run_semantic_segmentation import IGNORE_INDEX
@@ -117,8 +117,8 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
     data, scores = task.data, task.scores
     if data.spec["kind"] == "multi_label":
         raise Stop("The forest gives one label of a chip: there is no baseline for several.")
-    args, model_args = part_of(FinetuningArguments, settings), part_of(ModelArguments, settings)
-    whole = read_config(model_args)
+    args = part_of(FinetuningArguments, settings)
+    whole = data.config
     config = prune_config(whole, resolve_modalities(whole, data.modalities), whole.expert_ids)
     collator = MapexCollator(MapexImageProcessor.from_config(config), **task.collator_options)
 

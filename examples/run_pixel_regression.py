@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from command_line import Stop, parse_arguments
 from finetuning import Finetuning, Run
-from finetuning_data import Data, read_data, window_size
+from finetuning_data import Data, read_data, window_metres
 from finetuning_model import build_model
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, can_draw, choose_shown, picture_of, predict
@@ -104,7 +104,8 @@ def predictions_picture(tuning: Finetuning, unit: str):
     rows = {index: [figure.add_subplot(grid[row, column]) for column in range(3)] for row, index in enumerate(pictured)}
     for index in sorted(choose_shown(chips, SCATTERED)):
         batch = tuning.collator([chips[index]])
-        label, prediction = batch["labels"][0].float().numpy(), predict(tuning.model.eval(), batch)[0].numpy()
+        logits, labels = predict(tuning.model, batch)
+        label, prediction = labels[0].float().numpy(), logits[0].numpy()
         known = ~np.isnan(label)
         pairs.append((label[known], prediction[known]))
         if index in rows:
@@ -146,7 +147,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: FinetuningA
     print(f"`{data.label}` of the training samples: mean {mean:.4g}, standard deviation {std:.4g} ({unit}).")
 
     # Model.
-    fields = {"label_mean": mean, "label_std": std, "dense_window_size": window_size(data_args, data)}
+    fields = {"label_mean": mean, "label_std": std, "dense_window_metres": window_metres(data_args, data)}
     model = build_model(MapexForPixelRegression, model_args, data.modalities, num_labels=1, **fields)
     scores = RegressionScores()
 

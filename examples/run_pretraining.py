@@ -36,6 +36,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, send_to_device, set_seed
 from command_line import Stop, parse_arguments, read_overrides
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
@@ -146,9 +147,10 @@ def build_model(args: ModelArguments) -> MapexForPreTraining:
     overrides = read_overrides(args.config_overrides)
     existing = args.model_name_or_path or args.config_name
     if existing and args.modalities:
-        there = list(MapexConfig.from_pretrained(existing).modalities)
-        if sorted(args.modalities) != there:
-            raise Stop(f"{existing} has the sensors {there}, and --modalities names {list(args.modalities)}.")
+        there = {name: spec["bands"] for name, spec in MapexConfig.from_pretrained(existing).modalities.items()}
+        named = args.modalities if isinstance(args.modalities, dict) else dict.fromkeys(args.modalities)
+        if sorted(named) != list(there) or any(bands not in (None, there[name]) for name, bands in named.items()):
+            raise Stop(f"{existing} has the sensors {there}, and --modalities asks for others: {named}.")
     if args.model_name_or_path:
         return MapexForPreTraining.from_pretrained(args.model_name_or_path, dtype=torch.float32, **overrides)
     if args.config_name:
@@ -533,7 +535,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
     set_seed(args.seed)
     try:
         plain_model = model = build_model(model_args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise Stop(f"{error}") from error
     config = model.config
 
@@ -602,6 +604,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         "weights": data_args.weights,
         "crop_size": data_args.crop_size,
         "modalities": list(config.modalities),
+        "config_overrides": read_overrides(model_args.config_overrides),
         **{name: getattr(args, name) for name in FIXED_SETTINGS},
     }
     step = checkpoints.load(loader, mixture, description)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from command_line import Stop, parse_arguments, read_mapping
 from finetuning import Finetuning, Run
-from finetuning_data import Data, read_data, window_size
+from finetuning_data import Data, read_data, window_metres
 from finetuning_model import build_model
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import (
@@ -208,8 +208,8 @@ def predictions_picture(tuning: Finetuning, names: list[str]):
     colours, occurring = colormaps["tab10" if len(names) <= 10 else "tab20"], set()
     for row, index in zip(axes, shown):
         batch = tuning.collator([chips[index]])
-        label = batch["labels"][0].numpy()
-        prediction = predict(tuning.model.eval(), batch)[0].argmax(dim=0).numpy()
+        logits, labels = predict(tuning.model, batch)
+        label, prediction = labels[0].numpy(), logits[0].argmax(dim=0).numpy()
         occurring |= set(np.unique(prediction).tolist()) | set(np.unique(label[label != IGNORE_INDEX]).tolist())
         pictures = [picture_of(tuning.config, batch), colours(label % colours.N), colours(prediction % colours.N)]
         pictures[1][label == IGNORE_INDEX] = (1.0, 1.0, 1.0, 1.0)
@@ -246,7 +246,7 @@ def main(
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
         "semantic_loss_ignore_index": IGNORE_INDEX,
-        "dense_window_size": window_size(data_args, data),
+        "dense_window_metres": window_metres(data_args, data),
     }
     if class_weights is not None:
         fields["class_weights"] = class_weights

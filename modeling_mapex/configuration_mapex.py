@@ -124,9 +124,9 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
         dense_num_frequencies (`int`):
             Of the sines and cosines of elevations (modalities whose `unit` is metres) that the decoder of maps reads
             beside them, see [`fourier_features`].
-        dense_window_size (`int`, *optional*):
-            Side of the windows in which `predict_map` reads an image, in pixels of the sensor with the smallest ones:
-            that of the crops in training. Default: the whole image at once.
+        dense_window_metres (`float`, *optional*):
+            Side of the windows in which `predict_map` reads an image: that of the crops in training. Default: the whole
+            image at once.
         semantic_loss_ignore_index (`int`):
             The label of pixels that do not count in segmentation.
         class_weights (`list[float]`, *optional*):
@@ -224,7 +224,7 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
     dense_hidden_size: int | None = None
     dense_num_stages: int = 3
     dense_num_frequencies: int = 8
-    dense_window_size: int | None = None
+    dense_window_metres: float | int | None = None
     semantic_loss_ignore_index: int = 255
     class_weights: list[float | int] | None = None
     label_mean: float | int = 0.0
@@ -461,8 +461,8 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.dense_num_frequencies < 0:
             raise ValueError(f"`dense_num_frequencies` must be at least 0, got {self.dense_num_frequencies}.")
-        if self.dense_window_size is not None and self.dense_window_size < 1:
-            raise ValueError(f"`dense_window_size` must be at least 1 pixel, got {self.dense_window_size}.")
+        if self.dense_window_metres is not None and not self.dense_window_metres > 0:
+            raise ValueError(f"`dense_window_metres` must be above 0, got {self.dense_window_metres}.")
         if self.class_weights is not None and (
             len(self.class_weights) != self.num_labels or not all(weight >= 0 for weight in self.class_weights)
         ):

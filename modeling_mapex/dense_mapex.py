@@ -2,6 +2,8 @@
 functions of tensors.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -19,10 +21,11 @@ def fourier_features(pixels: torch.Tensor, num_frequencies: int) -> torch.Tensor
         num_frequencies (`int`): The longest wave is 4 standard deviations, each of the others half of the one before.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, (1 + 2 * num_frequencies) * bands, height, width)`, in fp32: all bands,
-        all sines of the longest wave, all cosines of it, and so on.
+        `torch.Tensor` of shape `(batch_size, (1 + 2 * num_frequencies) * bands, height, width)`: all bands, all sines
+        of the longest wave, all cosines of it, and so on. Of half precision the short waves are noise: the model takes
+        pixels in fp32 whatever its own precision.
     """
-    features = [pixels.float()]
+    features = [pixels]
     for octave in range(num_frequencies):
         angles = features[0] * (torch.pi / 2 * 2**octave)
         features += [angles.sin(), 1.0 - angles.cos()]
@@ -51,8 +54,8 @@ def ground_extent(
     return extents
 
 
-def reference_modality(layout: TokenLayout, modalities: dict[str, dict]) -> str:
-    """The modality whose grid of tokens is the common one: that with the smallest tokens on the ground by the
+def reference_modality(names: Iterable[str], modalities: dict[str, dict]) -> str:
+    """The modality of these whose grid of tokens is the common one: that with the smallest tokens on the ground by the
     configuration, of equals that with the smallest pixels, of equals again the first.
     """
 
@@ -60,7 +63,7 @@ def reference_modality(layout: TokenLayout, modalities: dict[str, dict]) -> str:
         spec = modalities[name]
         return spec["patch_size"] * spec["gsd"], spec["gsd"]
 
-    return min(layout.grids, key=metres)
+    return min(names, key=metres)
 
 
 def fuse_maps(

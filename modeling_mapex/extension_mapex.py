@@ -31,8 +31,8 @@ def add_modality(model, name: str, like: str, *, bands: dict[str, str] | None = 
         sensor too, so that it can be pruned for.
 
     Raises:
-        ValueError: a sensor that the model has already, or `like` or a band of it that it has not, or a description
-            that is none.
+        ValueError: a sensor that the model has already, or `like` or a band of it that it has not, a description that
+            is none, or one of metres where the other is not.
 
     Example:
 
@@ -58,6 +58,12 @@ def extend_config(config, name: str, like: str, *, bands: dict[str, str] | None 
         raise ValueError(f"`like` must be one of {list(config.modalities)}, got `{like}`.")
     if "patch_size" in description or "bands" in description:
         raise ValueError("A new sensor has the `patch_size` of the one it is like, and its `bands` are an argument.")
+    unit = config.modalities[like].get("unit")
+    if (unit == "metres") != (description.get("unit", unit) == "metres"):
+        raise ValueError(
+            f"`{like}` is in {unit} and `{name}` in {description['unit']}: maps read elevations (metres) in another "
+            "way than other values. Choose a `like` of the same kind."
+        )
     names = _band_names(config, like, bands)
     sliced = prune_config(config, {like: list(names.values())}, config.expert_ids).modalities[like]
     renamed = {old: new for new, old in names.items()}

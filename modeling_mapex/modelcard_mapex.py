@@ -326,9 +326,9 @@ def _limits(config, class_name: str) -> str:
         "without an error where numbers alone cannot tell.",
         "- Patches must fit: heights and widths are multiples of the patch size.",
     ]
-    if config.dense_window_size is not None:
+    if config.dense_window_metres is not None:
         lines.append(
-            f"- Trained on crops of {config.dense_window_size} pixels: read larger images by `model.predict_map(...)`, "
+            f"- Trained on crops of {config.dense_window_metres:g} m: read larger images by `model.predict_map(...)`, "
             "in windows of that size."
         )
     if config.pruning is not None:

@@ -1536,7 +1536,7 @@ class MapexDenseDecoder(nn.Module):
         """
         modalities = self.config.modalities
         extents = ground_extent(layout, modalities, gsd)
-        reference = reference_modality(layout, modalities)
+        reference = reference_modality(layout.grids, modalities)
         size = tuple(output_size or pixel_values[reference].shape[-2:])
         projected = {name: self.modality_projections[name](tokens[:, part]) for name, part in layout.slices().items()}
         features = fuse_tokens(projected, layout, extents, reference)  # (B, W, R, C)
@@ -1610,9 +1610,11 @@ class MapexDenseModel(MapexPreTrainedModel):
         stride: int | None = None,
         output_size: tuple[int, int] | None = None,
         batch_size: int = 16,
+        progress: bool = True,
     ) -> torch.Tensor:
-        """The logits of an image of any size, in windows of the size that the model was trained on: attention and
-        positions have not learnt to reach farther, and a scene would not fit in memory. Without gradients.
+        """The logits of an image in windows of the size that the model was trained on, for images that are larger:
+        attention and positions have not learnt to reach farther, and a scene would not fit in memory. Without
+        gradients or dropout. Sides must be whole patches, as the processor makes them; the map has any `output_size`.
 
         Args and errors are those of [`predict_in_windows`].
 
@@ -1630,6 +1632,7 @@ class MapexDenseModel(MapexPreTrainedModel):
             stride=stride,
             output_size=output_size,
             batch_size=batch_size,
+            progress=progress,
         )
 
     def map_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1771,7 +1774,7 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
         modalities = self.config.modalities
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         layout = layout_of(outputs, self.config, pixel_values)
-        extents, reference = ground_extent(layout, modalities, gsd), reference_modality(layout, modalities)
+        extents, reference = ground_extent(layout, modalities, gsd), reference_modality(layout.grids, modalities)
         feature_maps = []
         for stage, hidden_states in zip(self.stage_names, outputs.hidden_states):
             if stage in self.out_features:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_inputs
+from conftest import randomize, tiny_config, tiny_inputs
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -292,7 +292,7 @@ class TestLearning:
         script = SCRIPTS[label]
         model_class = finetuning_tasks.MODEL_CLASSES[f"{script.__name__}.py"]
         model = model_class.from_pretrained(tmp_path / "run" / "model").eval()
-        assert model.config.dense_window_size == 8
+        assert model.config.dense_window_metres == 80
         task = finetuning_tasks.open_task(f"{script.__name__}.py", json.loads((tmp_path / "run/run.json").read_text()))
         collator = MapexCollator(MapexImageProcessor.from_config(model.config), **task.collator_options)
         rows, farthest = [], 0.0
@@ -318,8 +318,21 @@ class TestLearning:
         shards = write(tmp_path / "shards", 48, read_finer)
         run(options, tmp_path / "run", "flood", shards=shards, crop_size=16, max_steps=2)
         config = MapexConfig.from_pretrained(tmp_path / "run" / "model")
-        assert config.dense_window_size == 8
+        assert config.dense_window_metres == 80
         assert results_of(tmp_path / "run")["per_class"]["wet"]["pixels"] % 4 == 0
+
+    @pytest.mark.parametrize("model_class", [MapexForSemanticSegmentation, MapexForPixelRegression])
+    def test_labels_where_there_is_no_data(self, model_class):
+        """Radar ends where the labels go on: those far from it are not predicted and do not count."""
+        model = randomize(model_class(tiny_config(num_labels=3, dense_window_metres=160)))
+        valid = torch.zeros(2, 16, 48, dtype=torch.bool)
+        valid[..., :16] = True
+        labels = torch.ones(2, 16, 48, dtype=torch.long if model_class is MapexForSemanticSegmentation else torch.float)
+        batch = {"pixel_values": {"radar": torch.randn(2, 2, 16, 48)}, "valid_mask": {"radar": valid}, "labels": labels}
+        logits, counted = finetuning_results.predict(model, batch)
+        assert torch.equal(counted[..., :24], labels[..., :24])  # of windows that begin at 0 and 8
+        ignored = counted[..., 24:] == 255 if labels.dtype == torch.long else torch.isnan(counted[..., 24:])
+        assert ignored.all() and torch.isfinite(model.map_loss(logits, counted))
 
     def test_without_validation(self, options, tmp_path, capsys):
         metrics = run(options, tmp_path / "run", "crop", validation=0.0, max_steps=40)
@@ -715,7 +728,7 @@ class TestClasses:
     """Of masks."""
 
     def choose(self, given, found, **spec):
-        data = finetuning_data.Data("clc", {"kind": "mask", "dtype": "uint8", **spec}, {}, {})
+        data = finetuning_data.Data("clc", {"kind": "mask", "dtype": "uint8", **spec}, {}, {}, MapexConfig())
         return run_semantic_segmentation.choose_classes(given, data, found)
 
     def test_of_the_shards(self):
@@ -785,6 +798,10 @@ class TestStops:
             ("crop", {"class_weights": ["1", "2"]}, "a number for each of"),
             ("crop", {"crop_size": 50}, "Sample `chip-.*Cannot cut 50 pixels"),
             ("crop", {"config_overrides": "{dropout: 1}"}, "--config_overrides is no JSON"),
+            ("crop", {"config_overrides": "[]"}, "--config_overrides must be a mapping"),
+            ("crop", {"config_overrides": {"modalities": {}}}, r"--config_overrides cannot change \['modalities'\]"),
+            ("crop", {"config_overrides": {"hidden_dropout_prob": "much"}}, "hidden_dropout_prob"),
+            ("flood", {"config_overrides": {"semantic_loss_ignore_index": 0}}, "semantic_loss_ignore_index"),
             ("crop", {"config_overrides": {"dropout": 1}}, r"--config_overrides names \['dropout'\]"),
             ("crop", {"convnet": True, "head": "probe"}, "--head probe is for the features of MAPEX"),
             ("crop", {"best_metric": "mean_iou"}, "no metric `mean_iou`.*accuracy"),

@@ -116,10 +116,10 @@ class TestContent:
                 exec(code, {})
 
     def test_names_all_code_and_how_to_read_scenes(self, tmp_path):
-        text = card_of(MapexForSemanticSegmentation(tiny_config(dense_window_size=16)), tmp_path).text
+        text = card_of(MapexForSemanticSegmentation(tiny_config(dense_window_metres=160)), tmp_path).text
         code = {file.name.removesuffix("mapex.py") for file in tmp_path.glob("*_mapex.py")}
         assert code == set(re.findall(r"`(\w+_)`", text[text.index("## The code") : text.index("## Limits")]))
-        assert "crops of 16 pixels: read larger images by `model.predict_map(...)`" in text
+        assert "crops of 160 m: read larger images by `model.predict_map(...)`" in text
 
     def test_tensors_are_not_needed(self, tmp_path):
         """Without mixtures, statistics or pruning the card has nothing to say of them, and says so."""

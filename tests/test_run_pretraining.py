@@ -314,7 +314,10 @@ class TestStops:
         model = MapexForPreTraining(config)
         model.save_pretrained(tmp_path / "model")
         given = {"model_name_or_path": str(tmp_path / "model")}
-        assert "has the sensors ['dem', 's1', 's2']" in self.stop(shards, tmp_path, modalities=["s1"], **given)
+        for modalities in (["s1"], {**SETTINGS["modalities"], "s2": ["B02"]}):
+            assert "has the sensors {'dem': ['elevation']" in self.stop(
+                shards, tmp_path, modalities=modalities, **given
+            )
         assert "no fields of MapexConfig" in self.stop(shards, tmp_path, config_overrides={"mask_share": 0.5}, **given)
         args = run_pretraining.ModelArguments(config_overrides='{"mask_ratio": 0.5}', **given)
         continued = run_pretraining.build_model(args)

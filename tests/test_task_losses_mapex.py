@@ -63,7 +63,7 @@ class TestMaps:
         [
             ({"class_weights": [1.0]}, "class_weights"),
             ({"dense_hidden_size": 20}, "dense_hidden_size"),
-            ({"dense_window_size": 0}, "dense_window_size"),
+            ({"dense_window_metres": 0}, "dense_window_metres"),
             ({"dense_num_frequencies": -1}, "dense_num_frequencies"),
             ({"label_std": 0.0}, "label_std"),
         ],

@@ -5,7 +5,7 @@ import torch
 from conftest import MODALITIES, randomize, tiny_config
 
 from modeling_mapex import MapexForPixelRegression, MapexForSemanticSegmentation
-from modeling_mapex.windows_mapex import predict_in_windows
+from modeling_mapex.windows_mapex import _spans, predict_in_windows
 
 
 def tiny_model(model_class=MapexForSemanticSegmentation, **overrides):
@@ -50,9 +50,19 @@ def test_one_window_is_the_model_itself():
         expected = model(pixels).logits
     torch.testing.assert_close(model.predict_map(pixels), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.predict_map(pixels, window_size=100), expected, rtol=1e-4, atol=1e-4)
-    model.config.dense_window_size = 16  # what a model was trained on is what it predicts in
+    model.config.dense_window_metres = 160  # what a model was trained on is what it predicts in
     torch.testing.assert_close(model.predict_map(pixels), model.predict_map(pixels, window_size=16))
     assert (model.predict_map(pixels) - expected).abs().max() > 1e-3
+    coarse = {"height": pixels["height"]}  # of 20 m
+    torch.testing.assert_close(model.predict_map(coarse), model.predict_map(coarse, window_size=8))
+
+
+def test_without_dropout_and_as_it_was():
+    model, pixels = tiny_model(hidden_dropout_prob=0.5), scene()
+    expected = model.predict_map(pixels, window_size=16)
+    model.train()
+    torch.testing.assert_close(model.predict_map(pixels, window_size=16), expected)
+    assert model.training
 
 
 def test_size_of_the_map_and_last_windows():
@@ -66,10 +76,37 @@ def test_size_of_the_map_and_last_windows():
         assert result.shape == (2, 3, *size)
         part = size[0] // 4  # that no other window covers
         torch.testing.assert_close(result[..., :part, :part], expected[..., :part, :part], rtol=1e-4, atol=1e-4)
-    fine = model.predict_map(pixels, window_size=16)
     odd = model.predict_map(pixels, window_size=16, output_size=(33, 41))
-    expected = torch.nn.functional.interpolate(fine, size=(33, 41), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(odd, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        expected = model(window(pixels, 0, 0, 16), output_size=(16, 16)).logits
+    torch.testing.assert_close(odd[..., :8, :8], expected[..., :8, :8], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [33, 34, 35])
+def test_pixels_that_begin_at_different_places(rows):
+    """100 rows of radar, 33 to 35 of a height of the same ground: windows of 24 and 8, each begun at the nearest."""
+    model = tiny_model(modalities={**MODALITIES, "height": {**MODALITIES["height"], "patch_size": 1}})
+    pixels = {"radar": torch.randn(1, 2, 100, 24), "height": torch.randn(1, 1, rows, 8)}
+    gsd = {"radar": 10.0, "height": 1000.0 / rows}
+    result = model.predict_map(pixels, gsd=gsd, window_size=24, stride=24, output_size=(100, 24))
+    count, total = torch.zeros(100, 1), torch.zeros_like(result)
+    for top in (0, 24, 48, 72, 76):
+        start = min(round(top * rows / 100), rows - 8)
+        part = {"radar": pixels["radar"][:, :, top : top + 24], "height": pixels["height"][:, :, start : start + 8]}
+        with torch.no_grad():
+            total[..., top : top + 24, :] += model(part, gsd=gsd, output_size=(24, 24)).logits
+        count[top : top + 24] += 1
+    torch.testing.assert_close(result, total / count, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tile_and_its_elevations_are_not_read_at_once():
+    """As the processor makes whole patches of a Sentinel-2 tile, and of 30 m beside it."""
+    sides = {"s2": 10984, "dem": 3664}
+    spans = _spans(sides, "s2", {"s2": 8, "dem": 8}, 10980, 96, None)
+    assert {(part["s2"].stop - part["s2"].start, part["dem"].stop - part["dem"].start) for part in spans} == {(96, 32)}
+    farthest = max(abs(part["dem"].start * 10984 / 3664 - part["s2"].start) for part in spans)
+    assert farthest <= 1.5 + 1  # half a pixel of 30 m; the last window ends where the image does
+    assert spans[0][None].start == 0 and spans[-1][None].stop == 10980 and len(spans) == 228
 
 
 def test_rounded_up_to_whole_patches():
@@ -82,7 +119,7 @@ def test_rounded_up_to_whole_patches():
 
 def test_resolution_and_absence_follow_the_sample():
     model, pixels = tiny_model(), scene()
-    gsd = {"radar": 10.0, "height": torch.tensor([20.0, 26.0])}
+    gsd = {"radar": 10.0, "height": torch.tensor([20.0, 20.5])}
     mask = {"height": torch.tensor([True, False])}
     together = model.predict_map(pixels, mask, gsd=gsd, window_size=16)
     for sample in range(2):
@@ -99,7 +136,7 @@ def test_no_data_is_not_predicted():
     pixels["radar"][:, :, :, 16:] = torch.nan
     result = model.predict_map(pixels, valid_mask={"radar": valid}, window_size=16)
     assert torch.isfinite(result[..., :24]).all() and torch.isnan(result[..., 24:]).all()
-    with pytest.raises(ValueError, match="nothing to predict from"):
+    with pytest.raises(ValueError, match="Sample 0 of the batch has no modality and no valid pixel"):
         model.predict_map(pixels, valid_mask={"radar": torch.zeros_like(valid)}, window_size=16)
 
 
@@ -108,5 +145,9 @@ def test_wrong_inputs():
     for name in ("window_size", "stride", "batch_size"):
         with pytest.raises(ValueError, match=f"`{name}` must be at least 1, got 0"):
             predict_in_windows(model, pixels, **{"window_size": 16, name: 0})
+    with pytest.raises(ValueError, match=r"`stride` \(17\) must not be larger than `window_size` \(16\)"):
+        model.predict_map(pixels, window_size=16, stride=17)
+    with pytest.raises(ValueError, match="must cover the same ground"):
+        model.predict_map({"radar": torch.randn(1, 2, 32, 32), "height": torch.randn(1, 1, 24, 24)}, window_size=16)
     with pytest.raises(ValueError, match="`radar` needs 2 channels"):
         model.predict_map({"radar": torch.randn(1, 3, 32, 32)})
