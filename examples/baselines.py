@@ -22,6 +22,11 @@ from modeling_mapex.modeling_mapex import MapexPixelRegressionOutput
 from modeling_mapex.tokens_mapex import pixels_that_count
 
 
+def resized(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps `(batch_size, channels, height, width)` at another height and width."""
+    return nn.functional.interpolate(values, size=size, mode="bilinear", align_corners=False)
+
+
 def to_image(
     config: MapexConfig,
     pixel_values: dict[str, torch.Tensor],
@@ -41,7 +46,7 @@ def to_image(
         pixels, there = pixels_that_count(name, pixel_values, modality_mask, valid_mask)
         there = torch.ones_like(pixels[:, :1]) if there is None else there.to(pixels.dtype)
         image = torch.cat([pixels, there], dim=1)
-        channels.append(nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False))
+        channels.append(resized(image, size))
     return torch.cat(channels, dim=1)
 
 
@@ -120,48 +125,48 @@ class UNet(nn.Module):
         features = levels.pop()
         for block in self.up:
             level = levels.pop()
-            larger = nn.functional.interpolate(features, size=level.shape[-2:], mode="bilinear", align_corners=False)
-            features = block(torch.cat([level, larger], dim=1))
+            features = block(torch.cat([level, resized(features, level.shape[-2:])], dim=1))
         return self.last(features)
 
 
-def resized(values: torch.Tensor, labels: torch.Tensor | None, size: tuple[int, int] | None) -> torch.Tensor:
-    """A map at the size of the labels, or of `size`, if there are any."""
-    size = size if labels is None else labels.shape[-2:]
-    if size is None:
-        return values
-    return nn.functional.interpolate(values, size=size, mode="bilinear", align_corners=False)
+class UNetModel(ConvNet):
+    """A U-Net from all sensors to maps."""
+
+    def __init__(self, config: MapexConfig, out_channels: int):
+        super().__init__(config)
+        self.network = UNet(self.num_channels, out_channels)
+
+    def maps(self, pixel_values, modality_mask, valid_mask, labels, output_size) -> torch.Tensor:
+        """`(batch_size, out_channels, height, width)`, at the size of the labels, or of `output_size`, if given."""
+        values = self.network(to_image(self.config, pixel_values, modality_mask, valid_mask))
+        size = output_size if labels is None else labels.shape[-2:]
+        return values if size is None else resized(values, size)
 
 
-class UNetSegmenter(ConvNet):
+class UNetSegmenter(UNetModel):
     """A class for each pixel."""
 
     map_loss = MapexForSemanticSegmentation.map_loss
 
     def __init__(self, config: MapexConfig):
-        super().__init__(config)
-        self.network = UNet(self.num_channels, config.num_labels)
+        super().__init__(config, config.num_labels)
 
     def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None, output_size=None):
-        logits = resized(
-            self.network(to_image(self.config, pixel_values, modality_mask, valid_mask)), labels, output_size
-        )
+        logits = self.maps(pixel_values, modality_mask, valid_mask, labels, output_size)
         return SemanticSegmenterOutput(None if labels is None else self.map_loss(logits, labels), logits)
 
 
-class UNetRegressor(ConvNet):
+class UNetRegressor(UNetModel):
     """A value for each pixel."""
 
     map_loss = MapexForPixelRegression.map_loss
 
     def __init__(self, config: MapexConfig):
-        super().__init__(config)
-        self.network = UNet(self.num_channels, 1)
+        super().__init__(config, 1)
 
     def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None, output_size=None):
-        config = self.config
-        values = resized(self.network(to_image(config, pixel_values, modality_mask, valid_mask)), labels, output_size)
-        values = values.squeeze(1) * config.label_std + config.label_mean
+        values = self.maps(pixel_values, modality_mask, valid_mask, labels, output_size).squeeze(1)
+        values = values * self.config.label_std + self.config.label_mean
         return MapexPixelRegressionOutput(None if labels is None else self.map_loss(values, labels), values)
 
 

@@ -3,15 +3,13 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
-
-from modeling_mapex import MapexConfig
 
 
 class Stop(SystemExit):
@@ -37,17 +35,23 @@ def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | N
     return parser.parse_args_into_dataclasses(args=argv)
 
 
-def read_overrides(value: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Of `--config_overrides`: fields of the configuration as JSON, or from a file of options as a mapping."""
+def read_overrides(
+    value: str | dict[str, Any] | None, config_class: type, settled: Collection[str] = ()
+) -> dict[str, Any]:
+    """Of `--config_overrides`: fields of the configuration as JSON, or from a file of options as a mapping; but for
+    those of `settled`, and the sensors and the precision, which other options settle everywhere.
+    """
     try:
-        fields_of_config = json.loads(value) if isinstance(value, str) else value or {}
+        overrides = json.loads(value) if isinstance(value, str) else value or {}
     except json.JSONDecodeError as error:
         raise Stop(f"--config_overrides is no JSON: {error}") from error
-    if not isinstance(fields_of_config, dict):
+    if not isinstance(overrides, dict):
         raise Stop(f"--config_overrides must be a mapping from fields to values, got {value}.")
-    if unknown := sorted(set(fields_of_config) - {entry.name for entry in fields(MapexConfig)}):
-        raise Stop(f"--config_overrides names {unknown}, which are no fields of MapexConfig.")
-    return fields_of_config
+    if unknown := sorted(set(overrides) - {entry.name for entry in fields(config_class)}):
+        raise Stop(f"--config_overrides names {unknown}, which are no fields of {config_class.__name__}.")
+    if refused := sorted(set(overrides) & {"modalities", "dtype", *settled}):
+        raise Stop(f"--config_overrides cannot change {refused}, which the data and other options settle.")
+    return overrides
 
 
 def read_mapping(file: str) -> dict[str, Any]:

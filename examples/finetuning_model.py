@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from modeling_mapex import add_modality
+from modeling_mapex import MapexConfig, add_modality
 
 
 LEARNING_RATES = {"full": 1e-3, "frozen": 5e-3, "lora": 3e-3}
@@ -39,10 +39,8 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
         raise Stop(
             "--convnet is trained whole and from random weights: leave out --method, --keep_all, --from_scratch."
         )
-    overrides = read_overrides(args.config_overrides)
-    if settled := sorted(set(overrides) & ({"modalities", "dtype", *config_fields} - {"dense_window_metres"})):
-        raise Stop(f"--config_overrides cannot change {settled}, which the data and other options settle.")
-    config_fields |= overrides
+    settled = [name for name in config_fields if name != "dense_window_metres"]  # which is a default
+    config_fields |= read_overrides(args.config_overrides, MapexConfig, settled)
     added = assignments("--add", args.add)
     if not args.keep_all:
         pruning["modalities"] = {name: bands for name, bands in modalities.items() if name not in added}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from baselines import to_image
+from baselines import resized, to_image
 from command_line import Stop, read_mapping
 from finetuning_data import Data
 from finetuning_options import FinetuningArguments
@@ -53,11 +53,6 @@ def chips_of(data: Data, side: str, collator: MapexCollator, config: MapexConfig
         yield to_image(config, batch["pixel_values"], **masks), batch["labels"]
 
 
-def resized(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The image at the size of a map of labels."""
-    return torch.nn.functional.interpolate(image, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-
-
 def fit_forest(
     script: str, data: Data, collator: MapexCollator, config: MapexConfig, scores: Scores, seed: int
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -73,7 +68,7 @@ def fit_forest(
             features.append(statistics_of(image))
             targets.append(labels.numpy())
             continue
-        pixels, values = resized(image, labels)[0].flatten(1).T.numpy(), labels.flatten().numpy()
+        pixels, values = resized(image, labels.shape[-2:])[0].flatten(1).T.numpy(), labels.flatten().numpy()
         known = np.flatnonzero(~np.isnan(values) if values.dtype.kind == "f" else values != IGNORE_INDEX)
         chosen = generator.permutation(known)[:PIXELS]
         features.append(pixels[chosen])
@@ -84,7 +79,7 @@ def fit_forest(
 
     def predict(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if not whole_chips:
-            pixels = resized(image, labels)[0].flatten(1).T.numpy()
+            pixels = resized(image, labels.shape[-2:])[0].flatten(1).T.numpy()
             return torch.from_numpy(forest.predict(pixels)).view(labels.shape)
         predicted = torch.zeros(1, scores.num_labels)
         predicted[0, forest.classes_] = torch.from_numpy(forest.predict_proba(statistics_of(image))[0]).float()
@@ -104,7 +99,7 @@ def normalized_difference(
     mean, std = (torch.tensor(spec[key])[:, None, None] for key in ("mean", "std"))
 
     def predict(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        pixels = resized(image, labels)[0, : len(spec["bands"])] * std + mean  # in the units of the sensor
+        pixels = resized(image, labels.shape[-2:])[0, : len(spec["bands"])] * std + mean  # in the units of the sensor
         return (pixels[bands[0]] > pixels[bands[1]]).long()[None]
 
     return predict

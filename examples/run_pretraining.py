@@ -144,7 +144,7 @@ FIXED_SETTINGS = ("max_steps", "per_device_batch_size", "gradient_accumulation_s
 
 def build_model(args: ModelArguments) -> MapexForPreTraining:
     """The model to train, from a checkpoint, a configuration or a preset."""
-    overrides = read_overrides(args.config_overrides)
+    overrides = read_overrides(args.config_overrides, MapexConfig)
     existing = args.model_name_or_path or args.config_name
     if existing and args.modalities:
         there = {name: spec["bands"] for name, spec in MapexConfig.from_pretrained(existing).modalities.items()}
@@ -604,7 +604,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         "weights": data_args.weights,
         "crop_size": data_args.crop_size,
         "modalities": list(config.modalities),
-        "config_overrides": read_overrides(model_args.config_overrides),
+        "config_overrides": read_overrides(model_args.config_overrides, MapexConfig),
         **{name: getattr(args, name) for name in FIXED_SETTINGS},
     }
     step = checkpoints.load(loader, mixture, description)

@@ -25,6 +25,8 @@ def fourier_features(pixels: torch.Tensor, num_frequencies: int) -> torch.Tensor
         of the longest wave, all cosines of it, and so on. Of half precision the short waves are noise: the model takes
         pixels in fp32 whatever its own precision.
     """
+    if num_frequencies == 0:
+        return pixels
     features = [pixels]
     for octave in range(num_frequencies):
         angles = features[0] * (torch.pi / 2 * 2**octave)
@@ -33,20 +35,23 @@ def fourier_features(pixels: torch.Tensor, num_frequencies: int) -> torch.Tensor
 
 
 def ground_extent(
-    layout: TokenLayout,
+    grids: dict[str, tuple[int, int]],
     modalities: dict[str, dict],
     gsd: dict[str, float | torch.Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Metres that each modality of the batch spans down and right of the common upper left corner.
 
-    Args are those of [`token_positions`].
+    Args:
+        grids (`dict[str, tuple[int, int]]`): Rows and columns of tokens, from [`token_grids`].
+        modalities, gsd: As in [`token_positions`].
+        device (`torch.device`): Of the result.
 
     Returns:
         `dict[str, torch.Tensor]`: Modality to `(1, 2)`, or `(batch_size, 2)` where each sample has a resolution.
     """
-    device = layout.modality_ids.device
     extents = {}
-    for name, grid in layout.grids.items():
+    for name, grid in grids.items():
         resolution = (gsd or {}).get(name, modalities[name]["gsd"])
         resolution = torch.as_tensor(resolution, dtype=torch.float32, device=device).view(-1, 1)  # (B or 1, 1)
         pixels = torch.tensor(grid, dtype=torch.float32, device=device) * modalities[name]["patch_size"]  # (2,)

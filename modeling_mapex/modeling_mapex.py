@@ -1535,7 +1535,7 @@ class MapexDenseDecoder(nn.Module):
             `torch.Tensor` of shape `(batch_size, num_channels, *output_size)`
         """
         modalities = self.config.modalities
-        extents = ground_extent(layout, modalities, gsd)
+        extents = ground_extent(layout.grids, modalities, gsd, layout.modality_ids.device)
         reference = reference_modality(layout.grids, modalities)
         size = tuple(output_size or pixel_values[reference].shape[-2:])
         projected = {name: self.modality_projections[name](tokens[:, part]) for name, part in layout.slices().items()}
@@ -1599,45 +1599,7 @@ class MapexDenseModel(MapexPreTrainedModel):
             outputs.last_hidden_state, layout, pixel_values, modality_mask, valid_mask, gsd, output_size
         )
 
-    def predict_map(
-        self,
-        pixel_values: dict[str, torch.Tensor],
-        modality_mask: dict[str, torch.BoolTensor] | None = None,
-        valid_mask: dict[str, torch.BoolTensor] | None = None,
-        gsd: dict[str, float | torch.Tensor] | None = None,
-        *,
-        window_size: int | None = None,
-        stride: int | None = None,
-        output_size: tuple[int, int] | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> torch.Tensor:
-        """The logits of an image in windows of the size that the model was trained on, for images that are larger:
-        attention and positions have not learnt to reach farther, and a scene would not fit in memory. Without
-        gradients or dropout. Sides must be whole patches, as the processor makes them; the map has any `output_size`.
-
-        Args and errors are those of [`predict_in_windows`].
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_labels, height, width)`, or `(batch_size, height, width)` of a
-            regression, on the device of `pixel_values`; NaN where no window holds a valid pixel.
-        """
-        return predict_in_windows(
-            self,
-            pixel_values,
-            modality_mask,
-            valid_mask,
-            gsd,
-            window_size=window_size,
-            stride=stride,
-            output_size=output_size,
-            batch_size=batch_size,
-            progress=progress,
-        )
-
-    def map_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of a map, as `forward` computes it."""
-        raise NotImplementedError
+    predict_map = predict_in_windows
 
 
 class MapexForSemanticSegmentation(MapexDenseModel):
@@ -1774,7 +1736,8 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
         modalities = self.config.modalities
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         layout = layout_of(outputs, self.config, pixel_values)
-        extents, reference = ground_extent(layout, modalities, gsd), reference_modality(layout.grids, modalities)
+        extents = ground_extent(layout.grids, modalities, gsd, layout.modality_ids.device)
+        reference = reference_modality(layout.grids, modalities)
         feature_maps = []
         for stage, hidden_states in zip(self.stage_names, outputs.hidden_states):
             if stage in self.out_features:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .dense_mapex import reference_modality
-from .tokens_mapex import check_inputs
+from .dense_mapex import ground_extent, reference_modality
+from .tokens_mapex import check_inputs, token_grids
 
 
 @torch.no_grad()
@@ -25,8 +25,11 @@ def predict_in_windows(
     batch_size: int = 16,
     progress: bool = True,
 ) -> torch.Tensor:
-    """The map that `model` gives in windows over an image, averaged where they overlap. Windows are moved to the device
-    of the model one batch at a time, and what it says of them back: an image need not fit on that device.
+    """The map of an image that is larger than those the model was trained on, in windows of their size, averaged where
+    they overlap: attention and positions have not learnt to reach farther, and a scene would not fit in memory. Without
+    gradients or dropout. Windows are moved to the device of the model one batch at a time, and what it says of them
+    back: an image need not fit on that device. Sides must be whole patches, as the processor makes them; the map has
+    any `output_size`.
 
     Where the pixels of two modalities do not begin at the same place, a window takes the nearest, at most half a pixel
     of the coarser one away.
@@ -45,8 +48,8 @@ def predict_in_windows(
         progress (`bool`): Whether to show a bar where there are more than ten passes.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, ..., *output_size)`: the logits, in fp32 on the device of `pixel_values`.
-        NaN where no window holds a valid pixel.
+        `torch.Tensor` of shape `(batch_size, num_labels, *output_size)`, or `(batch_size, *output_size)` of a
+        regression: the logits, in fp32 on the device of `pixel_values`; NaN where no window holds a valid pixel.
 
     Raises:
         ValueError: numbers out of range, inputs that the model cannot take, modalities that do not cover the same
@@ -70,7 +73,7 @@ def predict_in_windows(
         for axis in range(2)
     ]
     if max(map(len, axes)) > 1:
-        _check_ground(sides, finest, modalities, gsd)
+        _check_ground(pixel_values, finest, modalities, gsd)
 
     num_samples = len(pixel_values[finest])
     windows = []
@@ -139,9 +142,9 @@ def _window(sides: dict[str, int], finest: str, patches: dict[str, int], window_
     """
     side, patch = sides[finest], patches[finest]
     smallest = patch * math.ceil(window_size / patch)
+    scales = {name: side / other for name, other in sides.items()}  # pixels of the finest for one of this
     for window in range(smallest, min(2 * smallest, side), patch):
         lengths = {name: patches[name] * round(window * sides[name] / side / patches[name]) for name in sides}
-        scales = {name: side / other for name, other in sides.items()}  # pixels of the finest for one of this
         if all(
             0 < length <= sides[name] and abs(length * scales[name] - window) <= scales[name]
             for name, length in lengths.items()
@@ -155,18 +158,17 @@ def _window(sides: dict[str, int], finest: str, patches: dict[str, int], window_
     )
 
 
-def _check_ground(sides: dict[str, tuple[int, int]], finest: str, modalities: dict[str, dict], gsd) -> None:
+def _check_ground(pixel_values: dict[str, torch.Tensor], finest: str, modalities: dict[str, dict], gsd) -> None:
     """Raise `ValueError` for modalities whose ground differs by more than a pixel of the coarser one."""
-    for axis in range(2):
-        pixels = {name: torch.as_tensor((gsd or {}).get(name, modalities[name]["gsd"])).cpu().float() for name in sides}
-        metres = {name: pixels[name] * side[axis] for name, side in sides.items()}
-        for name in sides:
-            if ((metres[name] - metres[finest]).abs() > torch.maximum(pixels[name], pixels[finest])).any():
-                covered = {name: metres[name].flatten().tolist()[:3] for name in (finest, name)}
-                raise ValueError(
-                    f"`{finest}` and `{name}` cover {covered} metres: to be read in windows they must cover the same "
-                    "ground. Crop them to it, or say the resolution by `gsd`."
-                )
+    extents = ground_extent(token_grids(modalities, pixel_values), modalities, gsd)
+    pixels = {name: metres / torch.tensor(pixel_values[name].shape[-2:]) for name, metres in extents.items()}
+    for name, metres in extents.items():
+        if ((metres - extents[finest]).abs() > torch.maximum(pixels[name], pixels[finest])).any():
+            raise ValueError(
+                f"`{finest}` and `{name}` cover {extents[finest].tolist()} and {metres.tolist()} metres, down and "
+                "right: to be read in windows they must cover the same ground. Crop them to it, or say the resolution "
+                "by `gsd`."
+            )
 
 
 def _length(part: slice) -> int:

@@ -70,7 +70,10 @@ class TestFusion:
             alone = predict(model, single, gsd={"height": gsd["height"][sample : sample + 1]})
             torch.testing.assert_close(together[sample : sample + 1], alone, rtol=1e-4, atol=1e-4)
         layout = token_layout(config.modalities, pixels)
-        assert ground_extent(layout, config.modalities, gsd)["height"].tolist() == [[160.0, 160.0], [208.0, 208.0]]
+        assert ground_extent(layout.grids, config.modalities, gsd)["height"].tolist() == [
+            [160.0, 160.0],
+            [208.0, 208.0],
+        ]
         assert reference_modality(layout.grids, config.modalities) == "radar"  # of equals the first
 
 
