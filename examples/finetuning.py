@@ -252,11 +252,13 @@ class Finetuning:
 
     @torch.no_grad()
     def try_batch(self, model) -> None:
-        """One forward pass, to find what does not fit before training begins."""
-        chips = self.data.sides["train"]
-        batch = self.training_collator(chips.__getitems__(list(range(min(2, len(chips))))))
+        """Forward passes as in training and in evaluation, to find what does not fit before training begins."""
+        sides = self.data.sides
+        batch = self.training_collator(sides["train"].__getitems__(list(range(min(2, len(sides["train"]))))))
         try:
             model.eval()(**batch)
+            if self.in_windows:
+                predict(model, self.collator([sides["test"][0]]), self.args.batch_size)
         except ValueError as error:
             raise Stop(f"{error}") from error
 
@@ -312,11 +314,15 @@ class Finetuning:
             eval_dataset=self.data.sides.get("validation"),
             data_collator=self.training_collator,
             eval_collator=self.collator,
-            in_windows=self.data.spec["kind"] in ("mask", "map") and self.config.dense_window_metres is not None,
+            in_windows=self.in_windows,
             compute_metrics=self.scores,
             preprocess_logits_for_metrics=self.preprocess,
             **options,
         )
+
+    @property
+    def in_windows(self) -> bool:
+        return self.data.spec["kind"] in ("mask", "map") and self.config.dense_window_metres is not None
 
     @property
     def is_validated(self) -> bool:

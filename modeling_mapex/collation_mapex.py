@@ -7,7 +7,10 @@ import numpy as np
 import torch
 
 from .augmentation_mapex import drop_bands, drop_modalities, layer_sizes, random_crop, random_flip
-from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, combine_gsd
+from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, NoValidPixelError, combine_gsd
+
+
+_CROPS = 20  # draws of a crop with a valid pixel before a sample is given up
 
 
 class MapexCollator:
@@ -26,7 +29,8 @@ class MapexCollator:
             `ignore_index`. Default: codes are classes.
         ignore_index (`int`): See `label_codes`; `config.semantic_loss_ignore_index` of the model.
         label_nodata (`float`, *optional*): Of a map: the value that stands for none, which becomes NaN.
-        crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer.
+        crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer. A modality that has
+            no valid pixel in the crop counts as absent; where none has, another crop is drawn.
         flip (`bool`): Mirror and turn samples.
         modality_dropout (`float`): Probability of leaving out a modality.
         band_dropout (`float`): Probability of replacing a band by its mean.
@@ -37,8 +41,8 @@ class MapexCollator:
         seed (`int`): Of all that is random.
 
     Raises (when called):
-        ValueError: a sample lacks the label, samples differ in size, a code is not in `label_codes`, or the processor
-            refuses the values.
+        ValueError: a sample lacks the label, samples differ in size, a code is not in `label_codes`, no crop of a
+            sample has a valid pixel, or the processor refuses the values.
     """
 
     def __init__(
@@ -113,12 +117,41 @@ class MapexCollator:
             size = self.crop_size
             if self.group:  # samples of any size go together: small ones stay whole
                 size = min(size, *(max(sides) for sides in zip(*layer_sizes(sample).values())))
-            sample = random_crop(sample, size, generator)
+            sample = self._crop(sample, size, generator)
         if self.flip:
             sample = random_flip(sample, generator)
         if self.modality_dropout:
             sample = drop_modalities(sample, self.modality_dropout, generator)
         return sample
+
+    def _crop(self, sample: dict[str, Any], size: int, generator: torch.Generator) -> dict[str, Any]:
+        for _ in range(_CROPS):
+            crop = random_crop(sample, size, generator)
+            present = {name: self._has_data(crop, name) for name in crop["images"]}
+            if any(present.values()):
+                images = {name: pixels if present[name] else None for name, pixels in crop["images"].items()}
+                return {**crop, "images": images}
+        raise ValueError(
+            f"None of {_CROPS} crops of {size} pixels out of sample `{sample['id']}` has one valid pixel. Leave the "
+            "sample out, or choose a larger `crop_size`."
+        )
+
+    def _has_data(self, sample: dict[str, Any], name: str) -> bool:
+        """Whether a modality is there and has a valid pixel; what that is the processor decides."""
+        pixels, sensor = sample["images"][name], sample["sensors"][name]
+        if pixels is None:
+            return False
+        sentinels = sensor.get("nodata")
+        if sentinels is None:
+            sentinels = self.processor.modalities[name].get("nodata", [])
+        marked = any((pixels == value).any() for value in np.atleast_1d(sentinels))
+        if np.isfinite(pixels).all() and not marked and sensor["unit"] != "linear":
+            return True  # nearly all crops are whole: this is to find out fast
+        try:
+            self._process([{**sample, "images": {**dict.fromkeys(sample["images"]), name: pixels}}])
+        except NoValidPixelError:
+            return False
+        return True
 
     def _process(self, samples: list[dict[str, Any]]) -> MapexBatchFeature:
         """Samples of one description."""

@@ -31,6 +31,10 @@ _SPEC_KEYS = (
 _LIBRARY_KEYS = {"image_processor_type", "auto_map", "processor_class", "_commit_hash", "_name_or_path", "name_or_path"}
 
 
+class NoValidPixelError(ValueError):
+    """An image without one valid pixel: it should count as absent."""
+
+
 class MapexBatchFeature(BatchFeature):
     """A batch for a MAPEX model whose `.to()` reaches the tensors inside dictionaries: floating point tensors are cast
     and moved, others (masks, labels) moved, and so is `gsd`, which half precision would blur.
@@ -209,8 +213,9 @@ class MapexImageProcessor(BaseImageProcessor):
 
         Raises:
             TypeError: a container of the wrong kind.
-            ValueError: an unknown modality, band or unit; missing bands; values that cannot be of the unit; an image
-                without one valid pixel; sizes that do not fit together; an option for a modality that is not there.
+            NoValidPixelError: an image of NaN or nodata alone; a `ValueError`.
+            ValueError: an unknown modality, band or unit; missing bands; values that cannot be of the unit; sizes that
+                do not fit together; an option for a modality that is not there.
         """
         if return_tensors not in ("pt", None):
             raise ValueError(f'`return_tensors` must be "pt", got {return_tensors!r}.')
@@ -397,7 +402,7 @@ class MapexImageProcessor(BaseImageProcessor):
                 hollow = [index for index, any_valid in zip(indices, some) if not any_valid]
                 if hollow:
                     resized = " after resizing" if (height, width) != shape[1:] else ""
-                    raise ValueError(
+                    raise NoValidPixelError(
                         f"`{name}` of samples {hollow} (counting those that have it) has not one valid pixel{resized}: "
                         f"all are NaN or nodata ({sentinels}). Pass None in its place, so that it counts as absent."
                     )

@@ -8,6 +8,7 @@ import torch
 from shard_samples import SCHEMA, items, make_sample, read
 
 from modeling_mapex import MapexConfig, MapexForImageClassification, MapexForPreTraining, MapexImageProcessor
+from modeling_mapex.augmentation_mapex import random_crop
 from modeling_mapex.collation_mapex import MapexCollator
 
 
@@ -106,6 +107,50 @@ def test_random_part_depends_on_the_sample_only(processor, samples):
     other = collate(samples)
     assert torch.equal(batch["labels"], same["labels"]) and not torch.equal(batch["labels"], other["labels"])
     assert not torch.equal(batch["labels"], MapexCollator(processor, seed=2, **options)(samples)["labels"])
+
+
+class TestCropsWithoutData:
+    def sample(self, bare: int) -> dict:
+        """Radar has nothing in the left `bare` columns, optical neither there nor in the upper rows; no elevation."""
+        sample = SCHEMA.decode(SCHEMA.encode(make_sample(0)))
+        radar, optical = (sample["images"][name].copy() for name in ("s1", "s2"))
+        radar[:, :, :bare] = np.nan
+        optical[:, :, :bare] = optical[:, :bare] = 0
+        return {**sample, "images": {"s1": radar, "s2": optical, "dem": None}}
+
+    @pytest.mark.parametrize("group", [False, True])
+    def test_modality_is_absent_and_empty_crops_are_drawn_again(self, processor, group):
+        collate = MapexCollator(processor, crop_size=12, group=group)
+        sample, seen = self.sample(bare=13), set()
+        whole = processor({"s2": sample["images"]["s2"]}, bands={"s2": ["B02", "B03", "B04"]}, units={"s2": "dn"})
+        for epoch in range(60):
+            collate.set_epoch(epoch)
+            batch = collate([sample])
+            (batch,) = batch["groups"] if group else [batch]
+            seen.add(tuple(batch["pixel_values"]))
+            for name, pixels in batch["pixel_values"].items():
+                mask = batch.get("valid_mask", {}).get(name, torch.ones_like(pixels[:, 0], dtype=torch.bool))
+                assert mask.any() and batch.get("modality_mask", {}).get(name, torch.ones(1)).all()
+            if "s2" in batch["pixel_values"]:  # it is a part of the sample, with its gap
+                windows = whole["pixel_values"]["s2"].unfold(2, 12, 1).unfold(3, 12, 1)  # (1, C, 13, 13, 12, 12)
+                difference = windows - batch["pixel_values"]["s2"][:, :, None, None]
+                assert difference.abs().amax(dim=(0, 1, 4, 5)).min() == 0
+        assert seen == {("s1", "s2"), ("s1",)}
+
+    def test_sample_without_data_is_named(self, processor):
+        sample = self.sample(bare=24)
+        collate = MapexCollator(processor, crop_size=12)
+        with pytest.raises(ValueError, match=r"None of 20 crops of 12 pixels out of sample `chip-0` has one valid"):
+            collate([sample])
+        with pytest.raises(ValueError, match="not one valid pixel"):  # uncropped it is the processor that says so
+            MapexCollator(processor)([sample])
+
+    def test_crops_of_whole_samples_are_as_ever(self, processor, samples):
+        """The look for data draws nothing: a crop is that of `random_crop` by the same seed."""
+        collate = MapexCollator(processor, crop_size=12, label="biomass", seed=3)
+        for sample in samples:
+            crop = random_crop(sample, 12, collate._generator(sample["id"]))
+            assert np.array_equal(collate([sample])["labels"][0].numpy(), crop["labels"]["biomass"])
 
 
 def test_epoch_reaches_running_workers(processor):

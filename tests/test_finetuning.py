@@ -321,6 +321,19 @@ class TestLearning:
         assert config.dense_window_metres == 80
         assert results_of(tmp_path / "run")["per_class"]["wet"]["pixels"] % 4 == 0
 
+    def test_sensors_of_other_ground_are_found_before_training(self, options, tmp_path):
+        """Crops take the same share of each; windows go by metres, and elevations of 30 m end elsewhere."""
+
+        def read_wider(item):
+            sample = read(item)
+            sample.images["dem"] = Layer(sample.images["dem"].pixels, gsd=30.0)
+            return sample
+
+        shards = write(tmp_path / "shards", 48, read_wider)
+        with pytest.raises(command_line.Stop, match=r"`s1` and `dem` cover .*160.0.* and .*240.0.* the same ground"):
+            run(options, tmp_path / "run", "biomass", shards=shards, modalities=["s1", "dem"], crop_size=8)
+        assert not (tmp_path / "run" / "checkpoints").exists()
+
     @pytest.mark.parametrize("model_class", [MapexForSemanticSegmentation, MapexForPixelRegression])
     def test_labels_where_there_is_no_data(self, model_class):
         """Radar ends where the labels go on: those far from it are not predicted and do not count."""
