@@ -19,6 +19,7 @@ from modeling_mapex import (
     MapexForSemanticSegmentation,
 )
 from modeling_mapex.modeling_mapex import MapexPixelRegressionOutput
+from modeling_mapex.task_losses_mapex import weighted_cross_entropy
 from modeling_mapex.tokens_mapex import pixels_that_count
 
 
@@ -90,9 +91,7 @@ class ResNetClassifier(ConvNet):
         if self.config.problem_type == "multi_label_classification":
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         else:
-            weights = self.config.class_weights
-            weights = None if weights is None else torch.tensor(weights, device=logits.device)
-            loss = nn.functional.cross_entropy(logits, labels, weight=weights)
+            loss = weighted_cross_entropy(logits, labels, self.config.class_weights)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
@@ -165,7 +164,7 @@ class UNetRegressor(UNetModel):
         super().__init__(config, 1)
 
     def forward(self, pixel_values, modality_mask=None, valid_mask=None, gsd=None, labels=None, output_size=None):
-        values = self.maps(pixel_values, modality_mask, valid_mask, labels, output_size).squeeze(1)
+        values = self.maps(pixel_values, modality_mask, valid_mask, labels, output_size).squeeze(1).float()
         values = values * self.config.label_std + self.config.label_mean
         return MapexPixelRegressionOutput(None if labels is None else self.map_loss(values, labels), values)
 

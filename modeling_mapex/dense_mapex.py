@@ -38,6 +38,7 @@ def ground_extent(
     grids: dict[str, tuple[int, int]],
     modalities: dict[str, dict],
     gsd: dict[str, float | torch.Tensor] | None = None,
+    modality_mask: dict[str, torch.Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Metres that each modality of the batch spans down and right of the common upper left corner.
@@ -45,10 +46,13 @@ def ground_extent(
     Args:
         grids (`dict[str, tuple[int, int]]`): Rows and columns of tokens, from [`token_grids`].
         modalities, gsd: As in [`token_positions`].
+        modality_mask (`dict[str, torch.Tensor]`, *optional*):
+            Modality to bool `(batch_size,)`. Of a sample that lacks the modality the extent is that of the one that
+            would be its reference alone: a sample must not depend on the others of its batch.
         device (`torch.device`): Of the result.
 
     Returns:
-        `dict[str, torch.Tensor]`: Modality to `(1, 2)`, or `(batch_size, 2)` where each sample has a resolution.
+        `dict[str, torch.Tensor]`: Modality to `(1, 2)`, or `(batch_size, 2)` where samples differ.
     """
     extents = {}
     for name, grid in grids.items():
@@ -56,19 +60,33 @@ def ground_extent(
         resolution = torch.as_tensor(resolution, dtype=torch.float32, device=device).view(-1, 1)  # (B or 1, 1)
         pixels = torch.tensor(grid, dtype=torch.float32, device=device) * modalities[name]["patch_size"]  # (2,)
         extents[name] = pixels * resolution
-    return extents
+    if modality_mask is None:
+        return extents
+    ground = None  # of the first modality, from the reference on, that a sample has
+    for name in _from_the_finest(grids, modalities)[::-1]:
+        if name in modality_mask and ground is not None:
+            ground = torch.where(modality_mask[name].to(device)[:, None], extents[name], ground)
+        else:
+            ground = extents[name]
+    return {
+        name: torch.where(modality_mask[name].to(device)[:, None], metres, ground) if name in modality_mask else metres
+        for name, metres in extents.items()
+    }
 
 
 def reference_modality(names: Iterable[str], modalities: dict[str, dict]) -> str:
     """The modality of these whose grid of tokens is the common one: that with the smallest tokens on the ground by the
     configuration, of equals that with the smallest pixels, of equals again the first.
     """
+    return _from_the_finest(names, modalities)[0]
 
+
+def _from_the_finest(names: Iterable[str], modalities: dict[str, dict]) -> list[str]:
     def metres(name: str) -> tuple[float, float]:
         spec = modalities[name]
         return spec["patch_size"] * spec["gsd"], spec["gsd"]
 
-    return min(names, key=metres)
+    return sorted(names, key=metres)
 
 
 def fuse_maps(
@@ -122,11 +140,19 @@ def _resample(values: torch.Tensor, ratio: torch.Tensor, size: tuple[int, int], 
         if values.shape[2:] == size:
             return values
         return nn.functional.interpolate(values, size=size, mode="bilinear", align_corners=False)
-    # Coordinates of grid_sample run from -1 to 1 over the ground of `values`.
-    ratio = ratio.to(values.dtype).expand(values.shape[0], -1)  # (B, 2)
-    zero = torch.zeros_like(ratio[:, 0])
-    rows = torch.stack([ratio[:, 1], zero, ratio[:, 1] - 1.0, zero, ratio[:, 0], ratio[:, 0] - 1.0], dim=1)
-    grid = nn.functional.affine_grid(rows.view(-1, 2, 3), [values.shape[0], 1, *size], align_corners=False)
-    sampled = nn.functional.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Coordinates of grid_sample run from -1 to 1 over the ground of `values`. In half precision they would be off by
+    # more than half a pixel in an image of 256.
+    ratio = ratio.float().expand(values.shape[0], -1)  # (B, 2)
+    rows, columns = (
+        (torch.arange(count, device=values.device) + 0.5) * (2 / count) * ratio[:, axis, None] - 1.0  # (B, count)
+        for axis, count in enumerate(size)
+    )
+    grid = torch.stack(
+        [columns[:, None, :].expand(-1, size[0], -1), rows[:, :, None].expand(-1, -1, size[1])], dim=-1
+    )  # (B, rows, columns, 2)
+    with torch.autocast(values.device.type, enabled=False):
+        sampled = nn.functional.grid_sample(
+            values.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+        )
     inside = (grid.abs() <= 1.0 + 1e-4).all(dim=-1)  # rounding at the edge
-    return sampled * inside[:, None]
+    return (sampled * inside[:, None]).to(values.dtype)

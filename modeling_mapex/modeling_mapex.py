@@ -54,7 +54,7 @@ from .masking_mapex import (
     sample_visible_tokens,
 )
 from .pruning_mapex import PrunedCheckpoint, plan_pruning, prune
-from .task_losses_mapex import check_class_labels, check_class_map, regression_loss, segmentation_loss
+from .task_losses_mapex import check_class_labels, check_class_map, regression_loss, weighted_cross_entropy
 from .tokens_mapex import (
     TokenLayout,
     check_inputs,
@@ -1456,8 +1456,7 @@ class MapexForImageClassification(MapexPreTrainedModel):
                         "`class_weights` weigh one class index of each sample, but the labels are "
                         f"{labels.dtype} {tuple(labels.shape)} and `problem_type` is {config.problem_type}."
                     )
-                weights = torch.tensor(config.class_weights, dtype=torch.float32, device=logits.device)
-                loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), weight=weights)
+                loss = weighted_cross_entropy(logits, labels, config.class_weights)
         return MapexImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -1535,7 +1534,7 @@ class MapexDenseDecoder(nn.Module):
             `torch.Tensor` of shape `(batch_size, num_channels, *output_size)`
         """
         modalities = self.config.modalities
-        extents = ground_extent(layout.grids, modalities, gsd, layout.modality_ids.device)
+        extents = ground_extent(layout.grids, modalities, gsd, modality_mask, layout.modality_ids.device)
         reference = reference_modality(layout.grids, modalities)
         size = tuple(output_size or pixel_values[reference].shape[-2:])
         projected = {name: self.modality_projections[name](tokens[:, part]) for name, part in layout.slices().items()}
@@ -1610,9 +1609,9 @@ class MapexForSemanticSegmentation(MapexDenseModel):
         self.num_labels = config.num_labels
 
     def map_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Cross-entropy by `config.class_weights`, see [`segmentation_loss`]."""
+        """Cross-entropy by `config.class_weights`, see [`weighted_cross_entropy`]."""
         config = self.config
-        return segmentation_loss(logits, labels, config.semantic_loss_ignore_index, config.class_weights)
+        return weighted_cross_entropy(logits, labels, config.class_weights, config.semantic_loss_ignore_index)
 
     @can_return_tuple
     def forward(
@@ -1690,7 +1689,7 @@ class MapexForPixelRegression(MapexDenseModel):
         config = self.config
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         values = self._decode(outputs, pixel_values, modality_mask, valid_mask, gsd, output_size, labels)
-        logits = values.squeeze(1) * config.label_std + config.label_mean  # (B, H, W)
+        logits = values.squeeze(1).float() * config.label_std + config.label_mean  # (B, H, W)
         return MapexPixelRegressionOutput(
             loss=None if labels is None else self.map_loss(logits, labels),
             logits=logits,
@@ -1736,7 +1735,7 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
         modalities = self.config.modalities
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         layout = layout_of(outputs, self.config, pixel_values)
-        extents = ground_extent(layout.grids, modalities, gsd, layout.modality_ids.device)
+        extents = ground_extent(layout.grids, modalities, gsd, modality_mask, layout.modality_ids.device)
         reference = reference_modality(layout.grids, modalities)
         feature_maps = []
         for stage, hidden_states in zip(self.stage_names, outputs.hidden_states):

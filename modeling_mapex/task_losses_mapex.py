@@ -49,18 +49,19 @@ def check_class_map(labels: torch.Tensor, num_labels: int, ignore_index: int) ->
         )
 
 
-def segmentation_loss(
-    logits: torch.Tensor, labels: torch.LongTensor, ignore_index: int, class_weights: list[float] | None = None
+def weighted_cross_entropy(
+    logits: torch.Tensor, labels: torch.LongTensor, class_weights: list[float] | None = None, ignore_index: int = -100
 ) -> torch.Tensor:
-    """Cross-entropy over the pixels of a batch that count, weighted by class. Zero, with a gradient of zero, if none
-    does: torch's own mean would be NaN.
+    """Cross-entropy over the samples or pixels of a batch that count, weighted by class. Zero, with a gradient of zero,
+    if none does or all have a weight of zero: torch's own mean would be NaN.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`)
-        labels (`torch.LongTensor` of shape `(batch_size, height, width)`)
-        ignore_index (`int`): Label of pixels that do not count.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)` or `(batch_size, num_labels, height, width)`)
+        labels (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, height, width)`)
         class_weights (`list[float]`, *optional*): One a class.
+        ignore_index (`int`): Label of what does not count.
     """
+    labels = labels.to(logits.device)
     weights = torch.ones(logits.shape[1], device=logits.device)
     if class_weights is not None:
         weights = torch.tensor(class_weights, dtype=torch.float32, device=logits.device)

@@ -107,6 +107,9 @@ def check_inputs(
                     f"`gsd` of `{name}` must be a number, or a floating point tensor with one a sample, of shape "
                     f"{(pixel_values[name].shape[0],)}; got {value.dtype} {tuple(value.shape)}."
                 )
+            # Elsewhere a look would stall the accelerator, and a compiled graph cannot branch on data.
+            if value.device.type == "cpu" and not torch.compiler.is_compiling() and not (value > 0).all():
+                raise ValueError(f"`gsd` of `{name}` must be metres per pixel above 0, got {value.tolist()}.")
         elif not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"`gsd` of `{name}` must be metres per pixel above 0, got {value!r}.")
 

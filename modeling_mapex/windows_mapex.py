@@ -73,7 +73,7 @@ def predict_in_windows(
         for axis in range(2)
     ]
     if max(map(len, axes)) > 1:
-        _check_ground(pixel_values, finest, modalities, gsd)
+        _check_ground(pixel_values, finest, modalities, gsd, modality_mask)
 
     num_samples = len(pixel_values[finest])
     windows = []
@@ -86,7 +86,7 @@ def predict_in_windows(
     total = None
     weight = torch.zeros(num_samples, *size, device=pixel_values[finest].device)
     starts = range(0, len(windows), batch_size)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # parts may be frozen in eval mode
     model.eval()
     try:
         for start in logging.tqdm(starts, desc="Predicting", unit="batch", disable=not progress or len(starts) <= 10):
@@ -105,7 +105,8 @@ def predict_in_windows(
                 total[sample, ..., down[None], right[None]] += values
                 weight[sample, down[None], right[None]] += 1
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return (total.view(num_samples, -1, *size) / weight[:, None]).view(total.shape)  # 0 / 0 is NaN
 
 
@@ -158,9 +159,11 @@ def _window(sides: dict[str, int], finest: str, patches: dict[str, int], window_
     )
 
 
-def _check_ground(pixel_values: dict[str, torch.Tensor], finest: str, modalities: dict[str, dict], gsd) -> None:
+def _check_ground(
+    pixel_values: dict[str, torch.Tensor], finest: str, modalities: dict[str, dict], gsd, modality_mask
+) -> None:
     """Raise `ValueError` for modalities whose ground differs by more than a pixel of the coarser one."""
-    extents = ground_extent(token_grids(modalities, pixel_values), modalities, gsd)
+    extents = ground_extent(token_grids(modalities, pixel_values), modalities, gsd, modality_mask)
     pixels = {name: metres / torch.tensor(pixel_values[name].shape[-2:]) for name, metres in extents.items()}
     for name, metres in extents.items():
         if ((metres - extents[finest]).abs() > torch.maximum(pixels[name], pixels[finest])).any():

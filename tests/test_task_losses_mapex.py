@@ -7,19 +7,19 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from test_dense_mapex import HEADS, inputs, predict, tiny_model
 
 from modeling_mapex import MapexForImageClassification, MapexForPixelRegression
-from modeling_mapex.task_losses_mapex import regression_loss, segmentation_loss
+from modeling_mapex.task_losses_mapex import regression_loss, weighted_cross_entropy
 
 
 ERRORS = (ValueError, StrictDataclassClassValidationError)
 
 
 class TestMaps:
-    def test_segmentation_loss_is_that_of_torch(self):
+    def test_cross_entropy_is_that_of_torch(self):
         logits, labels = torch.randn(2, 3, 5, 5), torch.randint(0, 3, (2, 5, 5))
         labels[0, :2] = 255
         weights = [0.5, 2.0, 1.0]
         expected = torch.nn.functional.cross_entropy(logits, labels, torch.tensor(weights), ignore_index=255)
-        torch.testing.assert_close(segmentation_loss(logits, labels, 255, weights), expected)
+        torch.testing.assert_close(weighted_cross_entropy(logits, labels, weights, 255), expected)
 
     @pytest.mark.parametrize("model_class", HEADS)
     def test_nothing_labelled_teaches_nothing(self, model_class):
@@ -43,6 +43,18 @@ class TestMaps:
         plain = predict(model, pixels)
         model.config.label_mean, model.config.label_std = 100.0, 5.0
         torch.testing.assert_close(predict(model, pixels), plain * 5.0 + 100.0)
+
+    def test_values_of_half_precision_are_as_fine_as_their_differences(self):
+        """Mean and deviation are put on in fp32: near 290 a bf16 number is 2 from the next."""
+        model = tiny_model(MapexForPixelRegression, label_mean=290.0, label_std=5.0)
+        pixels, labels = inputs(), torch.full((3, 16, 16), 290.0)
+        expected = predict(model, pixels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = model(pixels, labels=labels)
+        for outputs in (autocast, model.to(torch.bfloat16)(pixels, labels=labels)):
+            assert outputs.logits.dtype == outputs.loss.dtype == torch.float32
+            assert outputs.logits.unique().numel() > 100
+            assert (outputs.logits - expected).norm() < 0.1 * (expected - 290.0).norm()
 
     @pytest.mark.parametrize(
         "labels, words",
@@ -80,6 +92,12 @@ class TestClasses:
         outputs = model(pixels, labels=labels)
         expected = torch.nn.functional.cross_entropy(outputs.logits, labels, torch.tensor([1.0, 5.0, 0.5]))
         torch.testing.assert_close(outputs.loss, expected)
+
+    def test_batch_of_classes_without_weight_teaches_nothing(self):
+        model = randomize(MapexForImageClassification(tiny_config(num_labels=3, class_weights=[1.0, 0.0, 0.5])))
+        loss = model(tiny_inputs(), labels=torch.tensor([1, 1, 1])).loss
+        loss.backward()
+        assert loss.item() == 0.0 and not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
     def test_class_weights_of_many_labels(self):
         model = randomize(MapexForImageClassification(tiny_config(num_labels=3, class_weights=[1.0, 5.0, 0.5])))
