@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from command_line import Stop, parse_arguments
+from finetuning_data import differ_in_size
 from finetuning_results import can_draw, intervals, predict
 from finetuning_tasks import MODEL_CLASSES, Task, open_task
 
@@ -65,24 +66,27 @@ def can_lack(task: Task, missing: str) -> np.ndarray:
     return np.flatnonzero(present[missing] & np.any(others, axis=0))
 
 
-def without(sample: dict[str, Any], name: str) -> dict[str, Any]:
-    return {**sample, "images": {**sample["images"], name: None}}
-
-
 @torch.inference_mode()
-def score(model, task: Task, missing: str, lacking: set[int], batch_size: int) -> np.ndarray:
-    """What the scores keep of each test sample, those of `lacking` without the sensor."""
+def score(
+    model, task: Task, missing: str, lacking: set[int], batch_size: int, counted: list[torch.Tensor] | None = None
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """What the scores keep of each test sample, those of `lacking` without the sensor; and the labels of each batch as
+    they counted. To count the same pixels again, pass these as `counted`.
+    """
     collator = MapexCollator(MapexImageProcessor.from_config(model.config), **task.collator_options)
-    chips, rows = task.data.sides["test"], []
-    for start in range(0, len(chips), batch_size):
+    chips, rows, seen = task.data.sides["test"], [], []
+    for number, start in enumerate(range(0, len(chips), batch_size)):
         indices = range(start, min(start + batch_size, len(chips)))
         samples = chips.__getitems__(list(indices))
-        samples = [without(sample, missing) if i in lacking else sample for i, sample in zip(indices, samples)]
+        for index, sample in zip(indices, samples):
+            if index in lacking:
+                sample["images"] = {**sample["images"], missing: None}
         batch = collator(samples).to(model.device)
         labels = batch["labels"]
         logits, labels = predict(model, batch, batch_size) if labels.ndim == 3 else (model(**batch).logits, labels)
-        rows.append(task.rows(logits, labels))
-    return np.concatenate(rows)
+        seen.append(labels)
+        rows.append(task.rows(logits, labels if counted is None else counted[number]))
+    return np.concatenate(rows), seen
 
 
 def evaluate(folder: Path, args: Arguments) -> tuple[list[dict[str, Any]], str]:
@@ -94,10 +98,17 @@ def evaluate(folder: Path, args: Arguments) -> tuple[list[dict[str, Any]], str]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     chips = task.data.sides["test"]
     order = np.random.default_rng(args.seed).permutation(can_lack(task, args.missing))
+    batch_size = 1 if differ_in_size(chips) else args.batch_size
+    # What a sample scores depends on itself alone: twice is enough for any share. The same pixels count in both.
+    without, counted = score(model, task, args.missing, set(order.tolist()), batch_size)
+    with_all, readable = score(model, task, args.missing, set(), batch_size, counted)
+    if unread := sum(int(((fewer != more) & ~torch.isnan(more)).sum()) for fewer, more in zip(counted, readable)):
+        print(f"{unread} labelled pixels have no data around them without {args.missing}: they count at no share.")
     results = []
     for share in args.shares:
-        lacking = set(order[: round(share * len(order))].tolist())
-        table = score(model, task, args.missing, lacking, args.batch_size)
+        table = with_all.copy()
+        lacking = order[: round(share * len(order))]
+        table[lacking] = without[lacking]
         results.append(
             {
                 "share": share,

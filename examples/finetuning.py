@@ -2,6 +2,7 @@
 its checkpoints, and the training, test and saving of a model in it.
 """
 
+import hashlib
 import json
 import shutil
 import signal
@@ -28,9 +29,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_mapex import MapexTrainer
 from modeling_mapex.collation_mapex import MapexCollator
-from modeling_mapex.image_processing_mapex import MapexImageProcessor
+from modeling_mapex.image_processing_mapex import MapexImageProcessor, NoValidPixelError
 
 
+COMPLETE = "complete"  # a file in each checkpoint that is wholly written
+FOLDERS = ("checkpoints", "model")  # what a run writes
+FILES = ("run.json", "results.json", "confusion.png", "predictions.png")
 # A run may go on with others of these.
 FREE_SETTINGS = {"output_dir", "overwrite", "stop_after", "report_to", "push_to_hub", "num_workers", "cache_dir"}
 
@@ -50,6 +54,9 @@ class Run:
         self.args, self.folder = args, Path(args.output_dir)
         options = {name: value for part in (*settings, args) for name, value in asdict(part).items()}
         self.settings = {name: value for name, value in options.items() if name not in FREE_SETTINGS}
+        for name in ("shards", "model"):
+            self.settings[f"{name}_contents"] = digest_of(options[name])
+        check_ranges(options)
         if args.push_to_hub and self.settings["convnet"]:
             raise Stop("--convnet is there to compare with, and has no code to push: leave out --push_to_hub.")
         self.file, self.checkpoints = self.folder / "run.json", self.folder / "checkpoints"
@@ -68,8 +75,8 @@ class Run:
         earlier = json.loads(self.file.read_text())
         changed = [
             f"{name}: {earlier.get(name)} -> {value}"
-            for name, value in json.loads(json.dumps(self.settings)).items()
-            if earlier.get(name) != value
+            for name, value in self.settings.items()
+            if json.dumps(earlier.get(name)) != json.dumps(value)  # the order of classes matters
         ]
         if changed and not args.overwrite:
             raise Stop(
@@ -91,17 +98,61 @@ class Run:
     def begin(self) -> str | None:
         """Note the settings; the checkpoint to go on from."""
         if self.args.overwrite and self.file.exists():
-            for path in self.folder.iterdir():
-                if path.name in ("checkpoints", "model"):
-                    shutil.rmtree(path)
-                elif path.name == "run.json" or path.suffix in (".json", ".png"):
-                    path.unlink()
+            for name in FOLDERS:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
         self.file.write_text(json.dumps(self.settings, indent=1))
         return self.last_checkpoint()
 
     def last_checkpoint(self) -> str | None:
-        """What there is to go on from."""
-        return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
+        """What there is to go on from. What a kill has left of a checkpoint that was being written is deleted."""
+        while self.checkpoints.is_dir() and (last := get_last_checkpoint(str(self.checkpoints))) is not None:
+            if (Path(last) / COMPLETE).exists():
+                return last
+            print(f"{last} is incomplete: the run was ended while it was written. Going on from the one before.")
+            shutil.rmtree(last)
+        return None
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Whole or not at all: they say that the run is finished."""
+        part = self.folder / "results.json.part"
+        part.write_text(json.dumps(results, indent=1))
+        part.replace(self.folder / "results.json")
+
+
+def digest_of(name: str | None) -> str | None:
+    """Of the names and sizes of the files in a local folder: a run does not go on with other data or weights."""
+    folder = Path(name or "")
+    if name is None or not folder.is_dir():
+        return None  # on the Hub
+    files = sorted((str(file.relative_to(folder)), file.stat().st_size) for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+
+
+def check_ranges(options: dict[str, Any]) -> None:
+    """Raise `Stop` for numbers that no run can have."""
+    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps"):
+        if options[name] is not None and options[name] < 1:
+            raise Stop(f"--{name} must be at least 1, got {options[name]}.")
+    if not 0 <= options["warmup"] < 1:
+        raise Stop(f"--warmup is a share of the steps, from 0 to less than 1, got {options['warmup']}.")
+
+
+@contextmanager
+def naming_samples() -> Iterator[None]:
+    """An end with a message, not with a traceback, where a sample holds nothing at all."""
+    try:
+        yield
+    except NoValidPixelError as error:
+        raise Stop(f"{error}") from error
+
+
+class Complete(TrainerCallback):
+    """Marks checkpoints that are wholly written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class Epochs(TrainerCallback):
@@ -242,9 +293,9 @@ class Finetuning:
             print("Samples differ in size: they are evaluated one at a time.")
         self.try_batch(model)
         if probe and (self.args.overwrite or self.run.last_checkpoint() is None):
-            fit_head(
-                model, self.collator, data.sides, 1 if self.evaluated_alone else self.args.batch_size, self.args.seed
-            )
+            batch_size = 1 if self.evaluated_alone else self.args.batch_size
+            with naming_samples():
+                fit_head(model, self.collator, data.sides, batch_size, self.args.seed)
         self.model = choose_trained(model, model_args)
         self.state: TrainerState | None = None
         self.workers = data_args.num_workers
@@ -352,13 +403,13 @@ class Finetuning:
                 self.load(state, checkpoint)
                 return
         args, session = self.args, Session(self.args.stop_after)
-        callbacks = [Epochs(self.training_collator), session, Clock()]
+        callbacks = [Epochs(self.training_collator), session, Clock(), Complete()]
         if self.is_validated and args.patience:
             callbacks.append(EarlyStoppingCallback(args.patience))
         layers = self.config.num_hidden_layers
         groups = parameter_groups(self.model, layers, self.learning_rate, self.layer_decay, args.weight_decay)
         trainer = self.trainer(self.model, callbacks=callbacks, optimizers=(torch.optim.AdamW(groups), None))
-        with session.listening():
+        with session.listening(), naming_samples():
             trainer.train(resume_from_checkpoint=checkpoint)
         self.state = trainer.state
         if session.interrupted and not self.is_over(trainer.state):
@@ -394,7 +445,8 @@ class Finetuning:
             model = model.merge_and_unload()  # what is tested, saved and pushed is an ordinary model
         self.model = model.requires_grad_(True)
         test = self.data.sides["test"]
-        measured = self.trainer(model).evaluate(test, metric_key_prefix="test")
+        with naming_samples():
+            measured = self.trainer(model).evaluate(test, metric_key_prefix="test")
         table = self.scores.table
         metrics = self.scores.metrics(table, np.ones(len(table)))
         best = [entry for entry in state.log_history if entry["step"] == state.best_global_step]
@@ -436,7 +488,7 @@ class Finetuning:
     def close(self, results: dict[str, Any]) -> dict[str, float]:
         """Write the results, which ends the run, push the model, and give the test metrics."""
         print("\n" + results_table(results))
-        (self.run.folder / "results.json").write_text(json.dumps(results, indent=1))
+        self.run.write_results(results)
         shutil.rmtree(self.run.checkpoints, ignore_errors=True)
         folder = self.run.folder / "model"
         print(f"The model is in {folder}, the results are in {self.run.folder / 'results.json'}.")

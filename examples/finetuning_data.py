@@ -14,10 +14,12 @@ from modeling_mapex import MapexConfig
 from modeling_mapex.collation_mapex import MapexCollator
 from modeling_mapex.data_mapex import load_shards, read_schema, split_of_place
 from modeling_mapex.extension_mapex import extend_config
+from modeling_mapex.image_processing_mapex import NoValidPixelError
 from modeling_mapex.shards_mapex import ShardSchema, from_bytes
 
 
 SIDES = ("train", "validation", "test")
+SHARE = 0.15  # of the places, to validate and to test on
 KINDS = {  # of labels, by the script that takes them
     "run_image_classification.py": ("class", "multi_label"),
     "run_semantic_segmentation.py": ("mask",),
@@ -219,8 +221,12 @@ def choose_modalities(
 def read_sides(args: DataArguments, names: dict[str, str], label: str) -> dict[str, Chips]:
     """Open the splits, leave out what cannot be used, and divide the training split by place."""
     named = {"validation": args.validation_split, "test": args.test_split}
+    for side, split in named.items():
+        if split is not None and getattr(args, side) is not None:
+            raise Stop(f"--{side} is a share of --train_split, and --{side}_split another split: give one of the two.")
     sides = {side: open_split(args, split, names, label) for side, split in named.items() if split is not None}
-    shares = {side: getattr(args, side) for side in ("validation", "test") if side not in sides}
+    given = {side: getattr(args, side) for side in named if side not in sides}
+    shares = {side: SHARE if share is None else share for side, share in given.items()}
     if any(not 0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
         raise Stop(f"Shares lie between 0 and 1 and leave something to train on, got {shares}.")
     chips = open_split(args, args.train_split, names, label)
@@ -289,18 +295,16 @@ def check_sizes(args: DataArguments, sides: dict[str, Chips]) -> None:
         raise Stop(f"Samples differ in size ({shown[0]} to {shown[-1]}): train on crops of one by --crop_size.")
 
 
-def window_metres(args: DataArguments, data: Data) -> float | None:
-    """The mean side of the crops in training; `None` if samples are trained on whole. Crops are measured in pixels of
-    the finest layer, which the labels may be.
+def window_metres(args: DataArguments, data: Data) -> float:
+    """The mean side of what is trained on, crops or whole samples. Crops are measured in pixels of the finest layer,
+    which the labels may be.
     """
-    if args.crop_size is None:
-        return None
     chips, metres = data.sides["train"], []
     resolutions = zip(*(chips.column(f"{stored}__gsd") for stored in chips.names))
     for sizes, gsd in zip(chips.sizes(), resolutions):
         sides = [max(size) if size is not None else 0 for size in sizes]  # of the sensors, then of the labels
         side, resolution = max((side, gsd) for side, gsd in zip(sides, gsd) if side)
-        metres.append(args.crop_size * side / max(sides) * resolution)
+        metres.append((args.crop_size or max(sides)) * side / max(sides) * resolution)
     return float(np.mean(metres))
 
 
@@ -316,5 +320,7 @@ def check_samples(collator: MapexCollator, chips: Chips) -> None:
         sample = chips[index]
         try:
             collator([sample])
+        except NoValidPixelError as error:
+            raise Stop(f"{error}") from error
         except ValueError as error:
             raise Stop(f"Sample `{sample['id']}`: {error}") from error

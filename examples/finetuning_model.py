@@ -35,17 +35,20 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
     pruning = {name: value for name, value in pruning.items() if value is not None}
     if args.keep_all and pruning:
         raise Stop(f"--keep_all does not prune, but {sorted(pruning)} say how: leave out one or the other.")
-    if args.convnet and (args.method != "full" or args.keep_all or args.from_scratch):
+    if args.convnet and (args.method != "full" or args.keep_all or args.from_scratch or pruning):
         raise Stop(
-            "--convnet is trained whole and from random weights: leave out --method, --keep_all, --from_scratch."
+            "--convnet is trained whole and from random weights: leave out --method, --keep_all, --from_scratch, and "
+            "what says how to prune."
         )
+    if args.method != "lora" and (args.lora_rank is not None or args.lora_alpha is not None):
+        raise Stop(f"--lora_rank and --lora_alpha are for --method lora, not {args.method}.")
     settled = [name for name in config_fields if name != "dense_window_metres"]  # which is a default
     config_fields |= read_overrides(args.config_overrides, MapexConfig, settled)
     added = assignments("--add", args.add)
     if not args.keep_all:
         pruning["modalities"] = {name: bands for name, bands in modalities.items() if name not in added}
     try:
-        model = model_class.from_pretrained(args.model, dtype=torch.float32, **pruning, **config_fields)
+        model = load(model_class, args.model, **pruning, **config_fields)
         for name, like in added.items():
             model = add_modality(model, name, like)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
@@ -66,6 +69,26 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
     return model
 
 
+def load(model_class: type, name: str, **options):
+    """The pretrained model; of one that was fine-tuned, its head as well, unless that is for other labels.
+
+    Raises:
+        Stop: options under which other weights than those of the head do not fit.
+    """
+    heads = ("classifier.", "dense_decoder.output.")
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = model_class.from_pretrained(name, **options)
+    unfit = sorted({key for key, *_ in info["mismatched_keys"]})
+    if others := [key for key in unfit if not key.startswith(heads)]:
+        raise Stop(f"These weights of {name} do not fit the configuration: {others[:5]}. Leave out --config_overrides.")
+    missing = {key.split(".")[0] for key in info["missing_keys"]}
+    if unfit:
+        print(f"The head of {name} is for another number of labels: a new one is trained.")
+    elif not missing:
+        print(f"Going on with the head of {name}.")
+    return model
+
+
 def lora_config(model, args: ModelArguments):
     """Adapters for attention, plain MLPs and every expert; the head is trained whole.
 
@@ -75,20 +98,29 @@ def lora_config(model, args: ModelArguments):
     """
     from peft import LoraConfig
 
+    rank = 8 if args.lora_rank is None else args.lora_rank
+    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     experts = ["mlp.experts.up_proj", "mlp.experts.down_proj"] if model.config.routed_layers else None
     return LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
+        r=rank,
+        lora_alpha=2 * rank if args.lora_alpha is None else args.lora_alpha,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
         target_parameters=experts,
-        modules_to_save=[name for name, _ in model.named_children() if name != model.base_model_prefix],
+        modules_to_save=[*heads, *new_embeddings(args)],
     )
+
+
+def new_embeddings(args: ModelArguments) -> list[str]:
+    """Modules that tell the sensors of --add from those that they begin as: trained by every method."""
+    return [f"patch_embeddings.{name}" for name in assignments("--add", args.add)]
 
 
 def choose_trained(model, args: ModelArguments):
     """The model with what `--method` trains; for lora wrapped in peft's."""
     if args.method == "frozen":
         model.base_model.requires_grad_(False)
+        for name in new_embeddings(args):
+            model.get_submodule(f"{model.base_model_prefix}.embeddings.{name}").requires_grad_(True)
     elif args.method == "lora":
         if importlib.util.find_spec("peft") is None:
             raise Stop("--method lora needs peft: pip install peft.")

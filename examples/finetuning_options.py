@@ -47,10 +47,18 @@ class ModelArguments:
         metadata={"help": "Fields of MapexConfig as JSON (a mapping in a file): '{\"hidden_dropout_prob\": 0.1}'."},
     )
     method: Literal["full", "frozen", "lora"] = field(
-        default="full", metadata={"help": "Train everything, only the head, or the head and low-rank adapters (peft)."}
+        default="full",
+        metadata={
+            "help": "Train everything, only the head, or the head and low-rank adapters (peft). With --add, always the "
+            "patch embedding of the new sensor, too."
+        },
     )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters, for each expert too."})
-    lora_alpha: int = field(default=16, metadata={"help": "Adapters are scaled by this over their rank."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Rank of the adapters, for each expert too. Default: 8."}
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Adapters are scaled by this over their rank. Default: twice the rank."}
+    )
 
 
 @dataclass
@@ -67,10 +75,13 @@ class DataArguments:
         default=None, metadata={"help": "Split of the shards to validate on, instead of --validation."}
     )
     test_split: str | None = field(default=None, metadata={"help": "Split of the shards to test on, not --test."})
-    validation: float = field(
-        default=0.15, metadata={"help": "Share of the places of --train_split to choose the best model on."}
+    validation: float | None = field(
+        default=None,
+        metadata={"help": "Share of the places of --train_split to choose the best model on. Default: 0.15."},
     )
-    test: float = field(default=0.15, metadata={"help": "Share of the places of --train_split to test on."})
+    test: float | None = field(
+        default=None, metadata={"help": "Share of the places of --train_split to test on. Default: 0.15."}
+    )
     split_seed: int = field(default=0, metadata={"help": "Chooses the places."})
     train_samples: int | None = field(
         default=None, metadata={"help": "Train on so many samples, drawn by --seed; larger draws hold smaller ones."}

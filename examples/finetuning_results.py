@@ -106,9 +106,9 @@ def predict(model, batch: dict[str, Any], batch_size: int = 16) -> tuple[torch.T
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
     logits = predict_in_windows(model, **inputs, output_size=labels.shape[-2:], batch_size=batch_size, progress=False)
-    unread = torch.isnan(logits if logits.ndim == labels.ndim else logits[:, 0])
-    ignored = torch.nan if labels.is_floating_point() else model.config.semantic_loss_ignore_index
-    return logits, labels.masked_fill(unread, ignored)
+    if logits.ndim == labels.ndim:  # values, which may be stored as whole numbers
+        return logits, labels.float().masked_fill(torch.isnan(logits), torch.nan)
+    return logits, labels.masked_fill(torch.isnan(logits[:, 0]), model.config.semantic_loss_ignore_index)
 
 
 def picture_of(config: MapexConfig, batch: dict[str, Any]) -> np.ndarray:

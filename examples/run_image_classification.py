@@ -147,6 +147,8 @@ def count_labels(data: Data) -> dict[str, np.ndarray]:
             if any(len(value) != len(names) or not set(value) <= {0, 1} for value in values):
                 raise Stop(f"`{data.label}` must be 0 or 1 for each of {len(names)} classes. Convert the data again.")
             counts[side] = np.array(values).sum(axis=0)
+            if not counts[side].any():
+                raise Stop(f"No sample of the {side} side has any of the classes. Choose another --split_seed.")
     return counts
 
 
@@ -212,9 +214,8 @@ def main(
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
         "problem_type": "single_label_classification" if is_single else "multi_label_classification",
+        "class_weights": class_weights,
     }
-    if class_weights is not None:
-        fields["class_weights"] = class_weights
     if task_args.pooling is not None:
         fields["pooling_type"] = task_args.pooling
     model = build_model(MapexForImageClassification, model_args, data.modalities, **fields)

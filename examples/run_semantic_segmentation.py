@@ -26,7 +26,7 @@ from the last checkpoint; at the end there are `results.json`, with 95 % interva
 `confusion.png`, `predictions.png`, and the model with its card in `model`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -228,6 +228,8 @@ def main(
     model_args: ModelArguments, data_args: DataArguments, task_args: SegmentationArguments, args: FinetuningArguments
 ) -> dict[str, float]:
     """Returns the test metrics; everything else is in `results.json`."""
+    if isinstance(task_args.classes, str):  # the run remembers the classes, not where they were written
+        task_args = replace(task_args, classes=read_mapping(task_args.classes))
     run = Run(args, model_args, data_args, task_args)
     if results := run.finished():
         return results["metrics"]
@@ -247,9 +249,8 @@ def main(
         "label2id": {name: index for index, name in enumerate(names)},
         "semantic_loss_ignore_index": IGNORE_INDEX,
         "dense_window_metres": window_metres(data_args, data),
+        "class_weights": class_weights,
     }
-    if class_weights is not None:
-        fields["class_weights"] = class_weights
     model = build_model(MapexForSemanticSegmentation, model_args, data.modalities, **fields)
     scores = SegmentationScores(len(names))
 

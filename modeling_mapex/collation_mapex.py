@@ -17,20 +17,23 @@ class MapexCollator:
     """Collates samples of shards, which may lack modalities and come from data sets with different bands and units, to
     a batch for a MAPEX model. For a `DataLoader`, `Trainer` or Accelerate.
 
+    A modality without a valid pixel, in the sample or in the crop of it, counts as absent.
+
     What is random depends on the seed, the epoch and the id of each sample only: not on workers or the order of the
     samples, and the same after a resume.
 
     Args:
         processor ([`MapexImageProcessor`]): Of the model.
         label (`str`, *optional*): The label to put into the batch as `labels`: a class as int64 `(batch,)`, several as
-            float32 `(batch, classes)`, a mask as int64 `(batch, height, width)`, a map as float32 of that shape.
+            float32 `(batch, classes)`, a mask, or a map of whole numbers, as int64 `(batch, height, width)`, a map of
+            others as float32 of that shape.
         label_codes (`dict[int, int | None]`, *optional*):
             Of a mask: the class of each code that is stored, `None` for pixels that do not count, which become
             `ignore_index`. Default: codes are classes.
         ignore_index (`int`): See `label_codes`; `config.semantic_loss_ignore_index` of the model.
         label_nodata (`float`, *optional*): Of a map: the value that stands for none, which becomes NaN.
-        crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer. A modality that has
-            no valid pixel in the crop counts as absent; where none has, another crop is drawn.
+        crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer. Where no modality has
+            a valid pixel in the crop, another is drawn.
         flip (`bool`): Mirror and turn samples.
         modality_dropout (`float`): Probability of leaving out a modality.
         band_dropout (`float`): Probability of replacing a band by its mean.
@@ -41,8 +44,9 @@ class MapexCollator:
         seed (`int`): Of all that is random.
 
     Raises (when called):
-        ValueError: a sample lacks the label, samples differ in size, a code is not in `label_codes`, no crop of a
-            sample has a valid pixel, or the processor refuses the values.
+        NoValidPixelError: a sample has not one valid pixel, or none of many crops of it has; a `ValueError`.
+        ValueError: a sample lacks the label, samples differ in size, a code is not in `label_codes`, or the processor
+            refuses the values.
     """
 
     def __init__(
@@ -80,8 +84,7 @@ class MapexCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, samples: list[dict[str, Any]]) -> MapexBatchFeature | dict[str, list[dict[str, Any]]]:
-        if self.crop_size is not None or self.flip or self.modality_dropout:
-            samples = [self._augment(sample) for sample in samples]
+        samples = [self._augment(sample) for sample in samples]
         if self.group:
             groups = _group(samples, by_shape=True).values()
             return {"groups": [self._whole([samples[index] for index in indices]) for indices in groups]}
@@ -118,6 +121,10 @@ class MapexCollator:
             if self.group:  # samples of any size go together: small ones stay whole
                 size = min(size, *(max(sides) for sides in zip(*layer_sizes(sample).values())))
             sample = self._crop(sample, size, generator)
+        elif (whole := self._with_data(sample)) is not None:
+            sample = whole
+        else:
+            raise NoValidPixelError(f"Sample `{sample['id']}` has not one valid pixel of any sensor. Leave it out.")
         if self.flip:
             sample = random_flip(sample, generator)
         if self.modality_dropout:
@@ -126,15 +133,21 @@ class MapexCollator:
 
     def _crop(self, sample: dict[str, Any], size: int, generator: torch.Generator) -> dict[str, Any]:
         for _ in range(_CROPS):
-            crop = random_crop(sample, size, generator)
-            present = {name: self._has_data(crop, name) for name in crop["images"]}
-            if any(present.values()):
-                images = {name: pixels if present[name] else None for name, pixels in crop["images"].items()}
-                return {**crop, "images": images}
-        raise ValueError(
+            crop = self._with_data(random_crop(sample, size, generator))
+            if crop is not None:
+                return crop
+        raise NoValidPixelError(
             f"None of {_CROPS} crops of {size} pixels out of sample `{sample['id']}` has one valid pixel. Leave the "
             "sample out, or choose a larger `crop_size`."
         )
+
+    def _with_data(self, sample: dict[str, Any]) -> dict[str, Any] | None:
+        """The sample with `None` for modalities without a valid pixel, or nothing if there is no other."""
+        present = {name: self._has_data(sample, name) for name in sample["images"]}
+        if not any(present.values()):
+            return None
+        images = {name: pixels if present[name] else None for name, pixels in sample["images"].items()}
+        return {**sample, "images": images}
 
     def _has_data(self, sample: dict[str, Any], name: str) -> bool:
         """Whether a modality is there and has a valid pixel; what that is the processor decides."""
@@ -143,10 +156,10 @@ class MapexCollator:
             return False
         sentinels = sensor.get("nodata")
         if sentinels is None:
-            sentinels = self.processor.modalities[name].get("nodata", [])
+            sentinels = self.processor.modalities.get(name, {}).get("nodata", [])  # an unknown one it refuses itself
         marked = any((pixels == value).any() for value in np.atleast_1d(sentinels))
         if np.isfinite(pixels).all() and not marked and sensor["unit"] != "linear":
-            return True  # nearly all crops are whole: this is to find out fast
+            return True  # nearly all are whole: this is to find out fast
         try:
             self._process([{**sample, "images": {**dict.fromkeys(sample["images"]), name: pixels}}])
         except NoValidPixelError:

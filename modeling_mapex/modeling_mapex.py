@@ -1702,7 +1702,9 @@ class MapexForPixelRegression(MapexDenseModel):
 
 
 class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
-    """The MAPEX encoder as a backbone: feature maps on a grid, for decoders and detectors of other libraries."""
+    """The MAPEX encoder as a backbone: feature maps on a grid, all of the same size, for decoders of other libraries.
+    Most of these pass on one tensor: of a model of one sensor, as by `prune_for_modalities(["s2"])`, that will do.
+    """
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^decoder\."]
 
@@ -1716,7 +1718,7 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
     @filter_output_hidden_states
     def forward(
         self,
-        pixel_values: dict[str, torch.Tensor],
+        pixel_values: dict[str, torch.Tensor] | torch.Tensor,
         modality_mask: dict[str, torch.BoolTensor] | None = None,
         valid_mask: dict[str, torch.BoolTensor] | None = None,
         gsd: dict[str, float | torch.Tensor] | None = None,
@@ -1724,7 +1726,9 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
     ) -> BackboneOutput:
         r"""
         Args:
-            pixel_values, modality_mask, valid_mask, gsd: As in [`MapexModel.forward`].
+            pixel_values (`dict[str, torch.Tensor]` or `torch.Tensor`):
+                As in [`MapexModel.forward`], or the tensor of the only modality of the model.
+            modality_mask, valid_mask, gsd: As in [`MapexModel.forward`].
             kwargs: `expert_mask` and `output_*`, for [`MapexModel.forward`].
 
         Returns:
@@ -1733,6 +1737,8 @@ class MapexBackbone(BackboneMixin, MapexPreTrainedModel):
             grid of tokens of the modality with the smallest tokens on the ground.
         """
         modalities = self.config.modalities
+        if isinstance(pixel_values, torch.Tensor) and len(modalities) == 1:
+            pixel_values = dict.fromkeys(modalities, pixel_values)
         outputs = self.mapex(pixel_values, modality_mask, valid_mask, gsd, **kwargs)
         layout = layout_of(outputs, self.config, pixel_values)
         extents = ground_extent(layout.grids, modalities, gsd, modality_mask, layout.modality_ids.device)

@@ -12,12 +12,25 @@ _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_prep
 
 class MapexTrainer(Trainer):
     """`Trainer`, but for the model card: `push_to_hub` and `create_model_card` write MAPEX's, with the metrics of the
-    last evaluation and the hyperparameters, where `Trainer` would replace it by its own. The model remembers them, so
-    that `model.push_to_hub` writes them too.
+    last evaluation, or of that of the best model where this is loaded at the end, and the hyperparameters, where
+    `Trainer` would replace it by its own. The model remembers them, so that `model.push_to_hub` writes them too.
     """
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        best = self.state.best_global_step
+        if self.args.load_best_model_at_end and best is not None:
+            for logs in self.state.log_history:
+                if logs["step"] == best:
+                    self._record(logs, best)
+        return result
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         super().log(logs, *args, **kwargs)
+        self._record(logs, self.state.global_step)
+
+    def _record(self, logs: dict[str, float], step: int) -> None:
+        """What the model is to remember of an evaluation, which other logs are not."""
         metrics = {
             name.removeprefix("eval_"): value
             for name, value in logs.items()
@@ -29,7 +42,7 @@ class MapexTrainer(Trainer):
                 "metrics": metrics,
                 "hyperparameters": {
                     **extract_hyperparameters_from_trainer(self),
-                    "steps": self.state.global_step,
+                    "steps": step,
                 },
             }
 

@@ -109,7 +109,7 @@ def test_random_part_depends_on_the_sample_only(processor, samples):
     assert not torch.equal(batch["labels"], MapexCollator(processor, seed=2, **options)(samples)["labels"])
 
 
-class TestCropsWithoutData:
+class TestPixelsWithoutData:
     def sample(self, bare: int) -> dict:
         """Radar has nothing in the left `bare` columns, optical neither there nor in the upper rows; no elevation."""
         sample = SCHEMA.decode(SCHEMA.encode(make_sample(0)))
@@ -142,8 +142,17 @@ class TestCropsWithoutData:
         collate = MapexCollator(processor, crop_size=12)
         with pytest.raises(ValueError, match=r"None of 20 crops of 12 pixels out of sample `chip-0` has one valid"):
             collate([sample])
-        with pytest.raises(ValueError, match="not one valid pixel"):  # uncropped it is the processor that says so
+        with pytest.raises(ValueError, match=r"Sample `chip-0` has not one valid pixel of any sensor. Leave it out"):
             MapexCollator(processor)([sample])
+
+    def test_modality_without_data_is_absent_from_whole_samples(self, processor, samples):
+        empty = {**samples[0], "images": {**samples[0]["images"], "s1": np.full((2, 24, 24), np.nan, dtype=np.float32)}}
+        missing = {**samples[0], "images": {**samples[0]["images"], "s1": None}}
+        collate = MapexCollator(processor)
+        batch, expected = collate([empty, samples[1]]), collate([missing, samples[1]])
+        assert batch["modality_mask"]["s1"].tolist() == [False, True]
+        for name, pixels in batch["pixel_values"].items():
+            assert torch.equal(pixels, expected["pixel_values"][name])
 
     def test_crops_of_whole_samples_are_as_ever(self, processor, samples):
         """The look for data draws nothing: a crop is that of `random_crop` by the same seed."""

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import MODALITIES, randomize, subsets, tiny_config, tiny_inputs
-from transformers import AutoBackbone, AutoModelForDepthEstimation, AutoModelForSemanticSegmentation
+from transformers import (
+    AutoBackbone,
+    AutoModelForDepthEstimation,
+    AutoModelForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
 from modeling_mapex import MapexBackbone, MapexForPixelRegression, MapexForPreTraining, MapexForSemanticSegmentation
 from modeling_mapex.dense_mapex import fourier_features, fuse_maps, ground_extent, reference_modality
@@ -305,6 +311,29 @@ class TestBackbone:
         assert [features.shape for features in feature_maps] == [(3, 32, 4, 4)] * 2
         config = copy.deepcopy(model.config)
         assert type(AutoBackbone.from_config(config)) is MapexBackbone
+
+    def test_in_a_decoder_of_transformers(self):
+        """UperNet passes on the one tensor that it is given."""
+        config = tiny_config(out_features=["stage2", "stage4"], modalities={"optical": MODALITIES["optical"]})
+        upernet = UperNetForSemanticSegmentation(
+            UperNetConfig(
+                backbone_config=config, hidden_size=16, pool_scales=[1, 2], use_auxiliary_head=False, num_labels=3
+            )
+        ).eval()
+        assert type(upernet.backbone) is MapexBackbone
+        pixels = tiny_inputs(["optical"])["optical"]
+        with torch.no_grad():
+            logits = upernet(pixels).logits
+            maps = upernet.backbone({"optical": pixels}).feature_maps
+            expected = upernet.decode_head(maps)
+        assert logits.shape == (3, 3, *pixels.shape[2:])
+        torch.testing.assert_close(
+            logits, torch.nn.functional.interpolate(expected, size=pixels.shape[2:], mode="bilinear")
+        )
+
+    def test_a_tensor_for_several_sensors(self):
+        with pytest.raises(TypeError, match="`pixel_values` must be a dictionary"):
+            MapexBackbone(tiny_config())(tiny_inputs(["optical"])["optical"])
 
     def test_unknown_stage(self):
         with pytest.raises(ValueError, match="stage_names"):

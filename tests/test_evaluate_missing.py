@@ -1,12 +1,17 @@
 """examples/evaluate_missing.py: what it says of all and of none is what the model does with and without the sensor."""
 
 import json
+import re
 from pathlib import Path
 
 import command_line
 import evaluate_missing
+import numpy as np
 import pytest
-from test_finetuning import checkpoint, options, run, shards  # noqa: F401
+import torch
+from test_finetuning import checkpoint, options, read, run, shards, write  # noqa: F401
+
+from modeling_mapex.shards_mapex import Layer
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,39 @@ def test_noise_is_not_missed(finished):
     folder, _ = finished
     first, last = evaluate_missing.main(arguments(folder, missing="s2", shares=[0.0, 1.0]))[str(folder)]
     assert abs(first["metrics"]["mean_iou"] - last["metrics"]["mean_iou"]) < 0.1
+
+
+@pytest.mark.parametrize("label", ["flood", "biomass"])
+def test_same_pixels_count_at_every_share(options, tmp_path, capsys, label):  # noqa: F811
+    """Optical images end in the middle: beyond, nothing is known without radar, and those pixels do not count with it
+    either. Every third chip is larger, and evaluated by itself.
+    """
+
+    def read_half(item):
+        side = 32 if item.payload % 3 == 0 else 16
+        sample = read(item, side)
+        optical = sample.images["optical"] or Layer(np.full((3, side, side), 500, dtype=np.uint16))
+        pixels = optical.pixels.copy()
+        pixels[:, :, pixels.shape[2] // 2 :] = 0
+        sample.images["optical"], sample.images["dem"] = Layer(pixels), None
+        sample.labels["biomass"] = sample.labels["biomass"].astype(np.float32)
+        return sample
+
+    folder = tmp_path / "run"
+    changes = {"modalities": ["s1", "s2"], "rename": ["optical=s2"], "max_steps": 4, "eval_steps": 4, "crop_size": 8}
+    run({**options, **changes, "shards": write(tmp_path / "shards", 48, read_half)}, folder, label)
+    capsys.readouterr()
+    entries = evaluate_missing.main(arguments(folder))[str(folder)]
+    unread = int(re.search(r"(\d+) labelled pixels have no data around them without s1", capsys.readouterr().out)[1])
+    model, task = evaluate_missing.open_run(folder)
+    first, counted = evaluate_missing.score(model, task, "s1", set(), 1)
+    last, fewer = evaluate_missing.score(model, task, "s1", set(range(len(first))), 1)
+    assert unread == sum(int((a != b).sum() - (torch.isnan(a) & torch.isnan(b)).sum()) for a, b in zip(counted, fewer))
+    assert unread > 100
+    # All lack it: as if the images had never had radar. None does: fewer pixels than that evaluation has.
+    metrics = task.scores.metrics(last, np.ones(len(last)))
+    assert entries[-1]["metrics"] == pytest.approx(metrics)
+    assert entries[0]["metrics"] != pytest.approx(task.scores.metrics(first, np.ones(len(first))))
 
 
 def test_several_runs(finished, options, tmp_path):  # noqa: F811

@@ -1,6 +1,7 @@
 """The three fine-tuning scripts and what they share, on tasks that can be learnt in seconds."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -52,6 +53,7 @@ SCRIPTS = {
     "flood": run_semantic_segmentation,
     "codes": run_semantic_segmentation,
     "biomass": run_pixel_regression,
+    "height": run_pixel_regression,
 }
 KINDS = {
     run_image_classification: (run_image_classification.ClassificationArguments,),
@@ -334,6 +336,36 @@ class TestLearning:
             run(options, tmp_path / "run", "biomass", shards=shards, modalities=["s1", "dem"], crop_size=8)
         assert not (tmp_path / "run" / "checkpoints").exists()
 
+    def test_trained_on_whole_samples_the_window_is_their_side(self, options, tmp_path):
+        run(options, tmp_path / "run", "flood", max_steps=2, eval_steps=2)
+        assert MapexConfig.from_pretrained(tmp_path / "run" / "model").dense_window_metres == 10 * SIZE
+
+    @pytest.mark.parametrize("crop_size", [None, 8])
+    def test_whole_numbers_and_samples_without_data(self, options, tmp_path, crop_size):
+        """Heights in whole metres; radar that covers half of each sample, and nothing of some."""
+
+        def read_half(item):
+            sample = read(item)
+            radar = sample.images["s1"].pixels.copy()
+            radar[..., SIZE // 2 :] = np.nan
+            if item.payload % 5 == 0:
+                radar[:] = np.nan
+            sample.images["s1"] = Layer(radar)
+            sample.labels["height"] = sample.labels["biomass"].round().astype(np.int16)
+            return sample
+
+        labels = {**SCHEMA.labels, "height": {"kind": "map", "dtype": "int16", "unit": "m"}}
+        folder = tmp_path / "shards"
+        schema = ShardSchema(SCHEMA.modalities, labels)
+        write_shards(items(60), read_half, schema, folder, progress=False)
+        changes = {"shards": str(folder), "crop_size": crop_size, "max_steps": 4, "eval_steps": 4}
+        metrics = run({**options, **changes, "modalities": ["s1", "dem"]}, tmp_path / "run", "height")
+        assert all(np.isfinite(value) for value in metrics.values())
+        with pytest.raises(command_line.Stop, match=r"Sample `chip-\d+` has not one valid pixel of any sensor"):
+            run({**options, **changes, "modalities": ["s1"], "crop_size": None}, tmp_path / "alone", "height")
+        with pytest.raises(command_line.Stop, match=r"None of 20 crops of 8 pixels out of sample|has not one valid"):
+            run({**options, **changes, "modalities": ["s1"], "crop_size": 8}, tmp_path / "cropped", "height")
+
     @pytest.mark.parametrize("model_class", [MapexForSemanticSegmentation, MapexForPixelRegression])
     def test_labels_where_there_is_no_data(self, model_class):
         """Radar ends where the labels go on: those far from it are not predicted and do not count."""
@@ -356,10 +388,10 @@ class TestLearning:
         folder = tmp_path / "shards"
         write_shards(items(24), read, SCHEMA, folder, progress=False)
         write_shards(items(12, 60), read, SCHEMA, folder, split="test", progress=False)
-        run(options, tmp_path / "run", "flood", shards=str(folder), test_split="test", max_steps=2, validation=0.3)
+        run(options, tmp_path / "run", "flood", shards=str(folder), test_split="test", test=None, max_steps=2)
         assert results_of(tmp_path / "run")["samples"]["test"] == 12
         assert "trained on as well" not in capsys.readouterr().out
-        changes = {"validation_split": "train", "test_split": "test", "max_steps": 2}
+        changes = {"validation_split": "train", "test_split": "test", "validation": None, "test": None, "max_steps": 2}
         run(options, tmp_path / "leaking", "biomass", shards=str(folder), **changes)
         assert "12 places of the split `train` are trained on as well" in capsys.readouterr().out
 
@@ -433,6 +465,35 @@ class TestGoingOn:
         run(options, tmp_path / "run", "crop", **changes)
         assert_same_run(tmp_path / "straight", tmp_path / "run")
 
+    def test_after_a_kill_while_a_checkpoint_was_written(self, options, straight, tmp_path, capsys):
+        """The one before is whole. Trainer writes its state last: a folder without it is no checkpoint."""
+        with pytest.raises(command_line.Stop, match="Stopped at step 6"):
+            run(options, tmp_path / "run", "crop", **AUGMENTED, stop_after=6)
+        whole, half = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (6, 7))
+        shutil.copytree(whole, half)
+        (half / "complete").unlink()
+        (half / "trainer_state.json").unlink()
+        run(options, tmp_path / "run", "crop", **AUGMENTED)
+        printed = capsys.readouterr().out
+        assert "checkpoint-7 is incomplete" in printed and "Going on from step 6." in printed
+        assert_same_run(straight[0], tmp_path / "run")
+
+    def test_other_classes_or_data_are_another_run(self, options, tmp_path):
+        classes = tmp_path / "classes.yaml"
+        classes.write_text("wet: [7]\ndry: [3]\n")
+        changes = {"classes": str(classes), "max_steps": 4, "shards": write(tmp_path / "shards", 48)}
+        with pytest.raises(command_line.Stop, match="Stopped at step 2"):
+            run(options, tmp_path / "run", "flood", **changes, stop_after=2)
+        classes.write_text("dry: [3]\nwet: [7]\n")
+        with pytest.raises(command_line.Stop, match=r"other settings \(classes: \{'wet': \[7\], 'dry': \[3\]\} -> "):
+            run(options, tmp_path / "run", "flood", **changes)
+        classes.write_text("wet: [7]\ndry: [3]\n")
+        (tmp_path / "moved").symlink_to(classes)
+        run(options, tmp_path / "run", "flood", **{**changes, "classes": str(tmp_path / "moved")})
+        write_shards(items(50), read, SCHEMA, tmp_path / "shards", overwrite=True, progress=False)
+        with pytest.raises(command_line.Stop, match=r"other settings .shards_contents: "):
+            run(options, tmp_path / "run", "flood", **changes)
+
     def test_patience_outlives_a_stop(self, options, tmp_path):
         """Evaluations without progress before the stop count."""
         changes = {"patience": 3, "learning_rate": 0.0, "max_steps": 60, "eval_steps": 2}
@@ -443,7 +504,7 @@ class TestGoingOn:
 
     def test_best_model_is_kept(self, options, tmp_path):
         """With rates that rise until the model is spoilt."""
-        changes = {"learning_rate": 3.0, "warmup": 30.0, "max_steps": 24, "eval_steps": 4, "max_grad_norm": 0.0}
+        changes = {"learning_rate": 2.4, "warmup": 0.99, "max_steps": 24, "eval_steps": 4, "max_grad_norm": 0.0}
         run(options, tmp_path / "run", "crop", **changes, best_metric="loss", head="random")
         results = results_of(tmp_path / "run")
         assert results["best_step"] < results["steps"] == 24
@@ -461,7 +522,11 @@ class TestGoingOn:
         run(options, tmp_path / "run", "crop", **changes)
         with pytest.raises(command_line.Stop, match=r"other settings \(learning_rate: 0.003 -> 0.1\)"):
             run(options, tmp_path / "run", "crop", **changes, learning_rate=0.1)
+        own = [tmp_path / "run" / name for name in ("notes.json", "map.png")]
+        for file in own:
+            file.write_text("mine")
         run(options, tmp_path / "run", "crop", **changes, learning_rate=0.1, overwrite=True)
+        assert all(file.read_text() == "mine" for file in own)
         assert results_of(tmp_path / "run")["settings"]["learning_rate"] == 0.1
 
 
@@ -552,8 +617,31 @@ class TestWhatIsTrained:
         run(options, tmp_path / "run", "crop", **SHORT, overwrite=True)
         assert "The head begins" in capsys.readouterr().out
 
-    def test_a_sensor_that_the_model_lacks(self, options, tmp_path):
-        """A second pass of radar, which half of the samples have: frozen, it is read as the first one is."""
+    def test_going_on_with_a_fine_tuned_model(self, options, tmp_path, capsys):
+        """Its head, where the labels are as many; never the class weights of the task before."""
+        first = tmp_path / "first"
+        run(options, first, "crop", **SHORT, class_weights=["balanced"])
+        assert MapexConfig.from_pretrained(first / "model").class_weights is not None
+        capsys.readouterr()
+        changes = {**SHORT, "model": str(first / "model"), "learning_rate": 0.0, "head": "random"}
+        run(options, tmp_path / "second", "crop", **changes)
+        assert "Going on with the head of" in capsys.readouterr().out
+        assert MapexConfig.from_pretrained(tmp_path / "second" / "model").class_weights is None
+        weights = [weights_of(folder)["classifier.weight"] for folder in (first, tmp_path / "second")]
+        assert torch.equal(*weights)
+        run(options, tmp_path / "third", "cover", **changes)
+        assert "is for another number of labels: a new one is trained" in capsys.readouterr().out
+        third = weights_of(tmp_path / "third")
+        assert third["classifier.weight"].shape[0] == 2
+        assert all(torch.equal(third[name], value) for name, value in weights_of(first).items() if "mapex." in name)
+        with pytest.raises(command_line.Stop, match=r"do not fit the configuration: \['mapex\..*--config_overrides"):
+            run(options, tmp_path / "fourth", "crop", **changes, config_overrides={"intermediate_size": 48})
+
+    @pytest.mark.parametrize("method", ["frozen", "lora"])
+    def test_a_sensor_that_the_model_lacks(self, options, tmp_path, method):
+        """A second pass of radar, which half of the samples have: it begins as the first one, and with its own patch
+        embedding learns to differ, whatever else is trained.
+        """
         passes = ShardSchema({**SCHEMA.modalities, "s1_descending": SCHEMA.modalities["s1"]}, SCHEMA.labels)
 
         def read_passes(item: Item) -> Sample:
@@ -564,8 +652,8 @@ class TestWhatIsTrained:
         write_shards(items(40), read_passes, passes, tmp_path / "shards", progress=False)
         changes = {"shards": str(tmp_path / "shards"), "modalities": ["s1", "s1_descending"], **SHORT}
         changes["add"] = ["s1_descending=s1"]
-        run(options, tmp_path / "run", "crop", **changes, method="frozen", bands=["s1=VH"])
-        model = MapexForImageClassification.from_pretrained(tmp_path / "run" / "model")
+        run(options, tmp_path / "run", "crop", **changes, method=method, bands=["s1=VH"])
+        model = MapexForImageClassification.from_pretrained(tmp_path / "run" / "model").eval()
         assert {name: spec["bands"] for name, spec in model.config.modalities.items()} == {
             "s1": ["VH"],
             "s1_descending": ["VH"],
@@ -574,7 +662,24 @@ class TestWhatIsTrained:
         pixels = torch.randn(2, 1, 16, 16)
         with torch.no_grad():
             tokens = [source.mapex({"s1": pixels}), model.mapex({"s1_descending": pixels})]
-        torch.testing.assert_close(tokens[1].last_hidden_state, tokens[0].last_hidden_state)
+            one, other = (
+                model({"s1": first, "s1_descending": second}).logits
+                for first, second in ((pixels, -pixels), (-pixels, pixels))
+            )
+        assert (tokens[1].last_hidden_state - tokens[0].last_hidden_state).abs().max() > 1e-3
+        assert (one - other).abs().max() > 1e-4  # the passes are no longer interchangeable
+        changed = {
+            name
+            for name, value in model.mapex.state_dict().items()
+            if name in source.mapex.state_dict()
+            and not torch.equal(value, source.mapex.state_dict()[name])
+            and "embeddings.modality" not in name
+            and "modality_" not in name
+        }
+        assert not changed if method == "frozen" else changed  # but for rows by sensor, which are more
+        copy = model.mapex.state_dict()["embeddings.patch_embeddings.s1_descending.projection.weight"]
+        first = source.mapex.state_dict()["embeddings.patch_embeddings.s1.projection.weight"]
+        assert copy.shape == first.shape and not torch.equal(copy, first)
 
     def test_frozen_encoder_stays(self, options, tmp_path):
         run(options, tmp_path / "run", "flood", **SHORT, method="frozen")
@@ -804,6 +909,17 @@ class TestStops:
             ("crop", {"criterion": "best"}, "Unknown criterion `best`"),
             ("crop", {"validation": 0.5, "test": 0.5}, "leave something to train on"),
             ("crop", {"test": 0.0}, "Nothing is left to test on.*35 places.*--test_split"),
+            ("crop", {"keep_all": True, "convnet": True}, "--convnet is trained whole"),
+            ("crop", {"coverage": 0.9, "convnet": True}, "and what says how to prune"),
+            ("crop", {"lora_rank": 4}, "--lora_rank and --lora_alpha are for --method lora, not full"),
+            ("crop", {"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+            ("crop", {"eval_steps": 0}, "--eval_steps must be at least 1, got 0"),
+            ("crop", {"warmup": 30.0}, "--warmup is a share of the steps"),
+            (
+                "crop",
+                {"test_split": "test", "test": 0.2},
+                "--test is a share of --train_split, and --test_split another",
+            ),
             ("crop", {"train_samples": 1000}, "--train_samples 1000, but there are"),
             ("crop", {"shots": 0}, "--shots must be at least 1"),
             ("cover", {"shots": 5}, "use --train_samples"),

@@ -131,6 +131,21 @@ def test_pretraining(tmp_path):
 
 
 class TestModelCard:
+    def test_of_the_best_model_where_that_is_loaded(self, tmp_path):
+        """Told that more loss is better, it takes the first."""
+        options = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+        options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+        chips, args = Chips(), arguments(tmp_path, eval_strategy="steps", max_steps=8, learning_rate=3e-3, **options)
+        model = MapexForImageClassification(tiny_config(num_labels=3, initializer_range=0.02))
+        datasets = {"train_dataset": chips, "eval_dataset": chips, "data_collator": default_collate}
+        trainer = MapexTrainer(model, args, **datasets)
+        trainer.train()
+        record = model.training_record
+        assert record["hyperparameters"]["steps"] == trainer.state.best_global_step < 8
+        last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+        measured = trainer.evaluate()["eval_loss"]
+        assert record["metrics"]["loss"] == pytest.approx(measured, rel=1e-5) and measured > 1.01 * last
+
     def trained(self, folder, **overrides):
         model = MapexForImageClassification(tiny_config(num_labels=3, initializer_range=0.02))
         args = arguments(folder, max_steps=2, eval_strategy="steps", eval_steps=1, learning_rate=0.002, **overrides)
