@@ -8,14 +8,15 @@ r"""What a frozen MAPEX encoder knows of a task: nearest neighbours and logistic
         --output outputs/frozen/bigearthnet.json
     # several models, and splits that come with the data
     python examples/evaluate_frozen.py --model outputs/nano-{0,1,2}/model --shards data/task \
-        --validation validation --test test
+        --validation_split validation --test_split test
 
 The task is a label of the shards of kind `class` or `multi_label`. Prints a table in Markdown and writes everything as
 JSON. Accuracy and macro F1 for one label; for several, mean average precision (macro) and micro F1.
 
 - The places of the training split are divided among training, validation and test, so that no test chip has a
-  neighbour in training; `--validation` and `--test` may instead name splits of the shards. With a `--test` no larger
-  than `--held_out` of run_pretraining.py, and its `--split_seed`, no test place was seen in pretraining either.
+  neighbour in training; `--validation_split` and `--test_split` name splits of the shards instead. By the same
+  `--split_seed` and shares the sides are those of the fine-tuning scripts. With a `--test` no larger than `--held_out`
+  of run_pretraining.py, and its `--split_seed`, no test place was seen in pretraining either.
 - Neighbours are by cosine. Logistic regression is on features standardised by the training samples, for several labels
   one by one. Its `C` is chosen on the validation samples, which it is never fitted to: a probe with `--shots` samples
   has seen no others.
@@ -38,7 +39,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from command_line import Stop, parse_arguments
-from finetuning_options import assignments
+from finetuning_data import choose_label, plan_sides, read_rename
+from finetuning_options import ShardArguments, assignments
 from frozen_features import BandStatistics, Encoder, Features, Shards, cached_features, open_shards
 from probes import LABEL_KINDS, METRICS, MOST_ITERATIONS, fit_logistic, neighbor_scores, summarize
 from tqdm import tqdm
@@ -87,21 +89,9 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ShardArguments):
     """What to evaluate on."""
 
-    shards: str | None = field(default=None, metadata={"help": "A folder of shards, or a data set on the Hub."})
-    label: str | None = field(
-        default=None, metadata={"help": "A label of kind class or multi_label. Default: the only one there is."}
-    )
-    train: str = field(default="train", metadata={"help": "Split of the shards to train on."})
-    validation: str = field(
-        default="0.2", metadata={"help": "Share of the training split's places, or another split, to choose C on."}
-    )
-    test: str = field(
-        default="0.2", metadata={"help": "Share of the training split's places, or another split, to test on."}
-    )
-    split_seed: int = field(default=0, metadata={"help": "Chooses the places."})
     crop_size: int | None = field(
         default=None, metadata={"help": "Side in pixels of a crop, at a place that the sample's id fixes."}
     )
@@ -253,38 +243,17 @@ class Task(NamedTuple):
     splits: dict[str, str]
 
 
-def choose_label(schema: ShardSchema, wanted: str | None) -> str:
-    kinds = {name: spec["kind"] for name, spec in schema.labels.items()}
-    possible = [name for name, kind in kinds.items() if kind in LABEL_KINDS]
-    if wanted is None:
-        if len(possible) == 1:
-            return possible[0]
-        raise Stop(f"The shards have {len(possible)} labels that can be evaluated, of {kinds}: name one with --label.")
-    if wanted not in kinds:
-        raise Stop(f"The shards have no label `{wanted}`. They have {kinds or 'none'}.")
-    if wanted not in possible:
-        raise Stop(
-            f"The label `{wanted}` is of kind {kinds[wanted]}; only {' and '.join(LABEL_KINDS)} are evaluated: "
-            f"{possible}."
-        )
-    return wanted
-
-
 def define_task(args: DataArguments, shards: Shards, schema: ShardSchema) -> Task:
-    label = choose_label(schema, args.label)
-    shares, splits = {}, {}
-    for side in ("validation", "test"):
-        given = getattr(args, side)
-        try:
-            shares[side] = float(given)
-        except ValueError:
-            if given in (args.train, *splits.values()):
-                raise Stop(f"The split `{given}` cannot serve twice: --train, --validation and --test.") from None
-            splits[side] = given
-            if shards.schema(given).labels.get(label) != schema.labels[label]:
-                raise Stop(f"The split `{given}` has another label `{label}` than `{args.train}`, or none.") from None
-    if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
-        raise Stop(f"Shares of the places must lie above 0 and leave some to train on, got {shares}.")
+    label = choose_label(args, schema, LABEL_KINDS)
+    shares, splits = plan_sides(args)
+    if any(share == 0 for share in shares.values()):
+        raise Stop(f"C is chosen on samples to validate on, and measured on others: shares above 0, got {shares}.")
+    named = [args.train_split, *splits.values()]
+    if len(set(named)) < len(named):
+        raise Stop(f"A split cannot serve twice: to train, validate and test there are {named}.")
+    for split in splits.values():
+        if shards.schema(split).labels.get(label) != schema.labels[label]:
+            raise Stop(f"The split `{split}` has another label `{label}` than `{args.train_split}`, or none.")
     return Task(label, schema.labels[label]["kind"], schema.labels[label]["names"], shares, splits)
 
 
@@ -305,7 +274,7 @@ def divide(
         notes.extend(f"Of {total} samples of `{split}`, {count} {why}." for why, count in missing.items() if count)
         return features.select(known)
 
-    whole = labelled(args.train)
+    whole = labelled(args.train_split)
     shares = {"train": 1 - sum(task.shares.values()), **task.shares}
     draws = np.array([split_of_place(place, shares, args.split_seed) for place in whole.places.tolist()])
     sides = {side: whole.select(draws == side) for side in shares}
@@ -313,8 +282,8 @@ def divide(
     for side, features in sides.items():
         if len(features.ids) == 0:
             raise Stop(
-                f"No labelled sample is left for {side}: there are {len(set(whole.places))} places in `{args.train}`. "
-                "Give it a larger share or another --split_seed, or a split of its own."
+                f"No labelled sample is left for {side}: there are {len(set(whole.places))} places in "
+                f"`{args.train_split}`. Give it a larger share or another --split_seed, or a split of its own."
             )
     for side in ("validation", "test"):
         if both := set(sides["train"].places) & set(sides[side].places):
@@ -479,7 +448,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
 def main(model_args: ModelArguments, data_args: DataArguments, args: ProbeArguments) -> dict[str, Any]:
     check_arguments(model_args, data_args, args)
     shards = open_shards(data_args.shards)
-    schema = shards.schema(data_args.train)
+    shards = shards._replace(rename=read_rename(data_args, shards.schema(data_args.train_split)))
+    schema = shards.schema(data_args.train_split)
     task = define_task(data_args, shards, schema)
     if unknown := [name for name in model_args.modalities or [] if name not in schema.modalities]:
         raise Stop(f"The shards have no modalities {unknown}, only {list(schema.modalities)}.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from command_line import Stop
-from finetuning_options import DataArguments, ModelArguments, assignments
+from finetuning_options import DataArguments, ModelArguments, ShardArguments, assignments
 from torch.utils.data import Dataset, get_worker_info
 
 from modeling_mapex import MapexConfig
@@ -134,7 +134,7 @@ def read_config(args: ModelArguments) -> MapexConfig:
     return config
 
 
-def choose_label(args: DataArguments, schema: ShardSchema, kinds: Sequence[str]) -> str:
+def choose_label(args: ShardArguments, schema: ShardSchema, kinds: Sequence[str]) -> str:
     fitting = [name for name, spec in schema.labels.items() if spec["kind"] in kinds]
     there = {name: spec["kind"] for name, spec in schema.labels.items()} or "none"
     wanted = f"a label of kind {' or '.join(kinds)}"
@@ -154,13 +154,19 @@ def choose_label(args: DataArguments, schema: ShardSchema, kinds: Sequence[str])
     return args.label
 
 
+def read_rename(args: ShardArguments, schema: ShardSchema) -> dict[str, str]:
+    """Of `--rename`: sensor of the shards to modality of the model."""
+    rename = assignments("--rename", args.rename)
+    if unknown := [name for name in rename if name not in schema.modalities]:
+        raise Stop(f"--rename names {unknown}, but {args.shards} has {list(schema.modalities)}.")
+    return rename
+
+
 def choose_modalities(
     model_args: ModelArguments, data_args: DataArguments, config: MapexConfig, schema: ShardSchema
 ) -> tuple[dict[str, str], dict[str, list[str] | None]]:
     """Sensors of the shards to read with the modality that each becomes, and the bands to keep of each modality."""
-    rename = assignments("--rename", data_args.rename)
-    if unknown := [name for name in rename if name not in schema.modalities]:
-        raise Stop(f"--rename names {unknown}, but {data_args.shards} has {list(schema.modalities)}.")
+    rename = read_rename(data_args, schema)
     if unknown := [name for name in rename.values() if name not in config.modalities]:
         raise Stop(f"--rename makes {unknown} of sensors, but the model has {list(config.modalities)}.")
     stored = {name: name for name in schema.modalities if name not in rename}  # modality to sensor of the shards
@@ -220,15 +226,8 @@ def choose_modalities(
 
 def read_sides(args: DataArguments, names: dict[str, str], label: str) -> dict[str, Chips]:
     """Open the splits, leave out what cannot be used, and divide the training split by place."""
-    named = {"validation": args.validation_split, "test": args.test_split}
-    for side, split in named.items():
-        if split is not None and getattr(args, side) is not None:
-            raise Stop(f"--{side} is a share of --train_split, and --{side}_split another split: give one of the two.")
-    sides = {side: open_split(args, split, names, label) for side, split in named.items() if split is not None}
-    given = {side: getattr(args, side) for side in named if side not in sides}
-    shares = {side: SHARE if share is None else share for side, share in given.items()}
-    if any(not 0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
-        raise Stop(f"Shares lie between 0 and 1 and leave something to train on, got {shares}.")
+    shares, named = plan_sides(args)
+    sides = {side: open_split(args, split, names, label) for side, split in named.items()}
     chips = open_split(args, args.train_split, names, label)
     places = chips.places()
     full_shares = {"train": 1 - sum(shares.values()), **shares}
@@ -247,9 +246,25 @@ def read_sides(args: DataArguments, names: dict[str, str], label: str) -> dict[s
         del sides["validation"]
         print("There is no validation: the last model is kept, not the best.")
     for side in named:
-        if named[side] and (both := set(sides["train"].places()) & set(sides[side].places())):
+        if both := set(sides["train"].places()) & set(sides[side].places()):
             print(f"Beware: {len(both)} places of the split `{named[side]}` are trained on as well.")
     return {side: sides[side] for side in SIDES if side in sides}
+
+
+def plan_sides(args: ShardArguments) -> tuple[dict[str, float], dict[str, str]]:
+    """To validate and to test on: side to its share of the places of the training split, or to a split of its own."""
+    shares, named = {}, {}
+    for side in ("validation", "test"):
+        share, split = getattr(args, side), getattr(args, f"{side}_split")
+        if split is None:
+            shares[side] = SHARE if share is None else share
+        elif share is None:
+            named[side] = split
+        else:
+            raise Stop(f"--{side} is a share of --train_split, and --{side}_split another split: give one of the two.")
+    if any(not 0 <= share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+        raise Stop(f"Shares lie between 0 and 1 and leave something to train on, got {shares}.")
+    return shares, named
 
 
 def open_split(args: DataArguments, split: str, names: dict[str, str], label: str) -> Chips:

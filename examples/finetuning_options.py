@@ -62,8 +62,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """What to train and evaluate on."""
+class ShardArguments:
+    """Labelled shards and their sides."""
 
     shards: str | None = field(default=None, metadata={"help": "A folder of shards or a data set on the Hub."})
     label: str | None = field(default=None, metadata={"help": "Label of the shards. Default: the only one that fits."})
@@ -83,6 +83,12 @@ class DataArguments:
         default=None, metadata={"help": "Share of the places of --train_split to test on. Default: 0.15."}
     )
     split_seed: int = field(default=0, metadata={"help": "Chooses the places."})
+
+
+@dataclass
+class DataArguments(ShardArguments):
+    """What to train and evaluate on."""
+
     train_samples: int | None = field(
         default=None, metadata={"help": "Train on so many samples, drawn by --seed; larger draws hold smaller ones."}
     )

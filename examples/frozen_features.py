@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,22 +125,38 @@ def hash_weights(model: torch.nn.Module) -> str:
 
 
 class Shards(NamedTuple):
-    """Where samples come from; `revision` is the commit of a data set on the Hub."""
+    """Where samples come from.
+
+    Attributes:
+        source (`str`): A folder or a data set on the Hub.
+        revision (`str`, *optional*): The commit of the data set on the Hub.
+        rename (`dict[str, str]`): Sensor of the shards to the modality of the model that it is read as.
+    """
 
     source: str
     revision: str | None
+    rename: dict[str, str]
 
     def schema(self, split: str) -> ShardSchema:
+        """With the sensors under the names that they are read as."""
         try:
-            return read_schema(self.source, split, revision=self.revision)
+            schema = read_schema(self.source, split, revision=self.revision)
         except (OSError, ValueError) as error:
             raise Stop(f"{error}") from error
+        stored = [name for name in schema.modalities if name in self.rename or name not in self.rename.values()]
+        return replace(schema, modalities={self.rename.get(name, name): schema.modalities[name] for name in stored})
+
+    def stored(self, modalities: list[str]) -> list[str]:
+        """The names that the shards have for these."""
+        originals = {name: stored for stored, name in self.rename.items()}
+        return [originals.get(name, name) for name in modalities]
 
     def identity(self, split: str) -> dict[str, Any]:
+        read_as = {"split": split, "rename": self.rename}
         if self.revision:
-            return {"source": self.source, "commit": self.revision, "split": split}
+            return {"source": self.source, "commit": self.revision, **read_as}
         files = [(file.name, file.stat()) for file in shard_files(self.source, split)]
-        return {"split": split, "files": [[name, about.st_size, about.st_mtime_ns] for name, about in files]}
+        return {"files": [[name, about.st_size, about.st_mtime_ns] for name, about in files], **read_as}
 
     def count(self, split: str) -> int | None:
         """Samples of a split, where that is known without asking the Hub."""
@@ -154,11 +171,11 @@ def open_shards(source: str | None) -> Shards:
     if source is None:
         raise Stop("Give --shards, a folder of shards or a data set on the Hub.")
     if Path(source).is_dir() or source.count("/") != 1:
-        return Shards(source, None)  # whose schema says what is wrong if it is neither
+        return Shards(source, None, {})  # whose schema says what is wrong if it is neither
     from huggingface_hub import HfApi
 
     try:
-        return Shards(source, HfApi().dataset_info(source).sha)
+        return Shards(source, HfApi().dataset_info(source).sha, {})
     except Exception as error:  # of the network come exceptions of the client's own libraries, with no base in common
         raise Stop(f"{source} is no folder, and not to be had from the Hub: {error}") from error
 
@@ -168,12 +185,14 @@ class Reader:
     padded, and masks that say that all is there are left out, which cost attention its fastest kernels.
     """
 
-    def __init__(self, collator: MapexCollator):
-        self.collator = collator
+    def __init__(self, collator: MapexCollator, rename: dict[str, str]):
+        self.collator, self.rename = collator, rename
 
     def __call__(self, samples: list[dict[str, Any]]) -> list[tuple[list[tuple], dict[str, Any] | None]]:
         groups: dict[tuple, list[dict[str, Any]]] = {}
         for sample in samples:
+            for key in ("images", "gsd", "sensors"):
+                sample[key] = {self.rename.get(name, name): value for name, value in sample[key].items()}
             shapes = [(name, pixels.shape) for name, pixels in sample["images"].items() if pixels is not None]
             groups.setdefault(tuple(shapes), []).append(sample)
         return [([self._about(sample) for sample in group], self._inputs(group, key)) for key, group in groups.items()]
@@ -209,13 +228,13 @@ def compute_features(
     """
     labels = [name for name, spec in schema.labels.items() if spec["kind"] in LABEL_KINDS]
     stream = stream_shards(
-        shards.source, split, modalities=extractor.modalities, labels=labels, revision=shards.revision
+        shards.source, split, modalities=shards.stored(extractor.modalities), labels=labels, revision=shards.revision
     )
     loader = DataLoader(
         stream,
         batch_size=batch_size,
         num_workers=min(num_workers, stream.num_shards),
-        collate_fn=Reader(MapexCollator(extractor.processor, crop_size=crop_size)),
+        collate_fn=Reader(MapexCollator(extractor.processor, crop_size=crop_size), shards.rename),
         pin_memory=torch.cuda.is_available(),
     )
     values, rows, without = [], [], 0

@@ -37,6 +37,8 @@ from modeling_mapex.writing_mapex import Item, write_shards
 SCRIPT = Path(__file__).parent.parent / "examples" / "evaluate_frozen.py"
 
 import evaluate_frozen  # noqa: E402
+import finetuning_data  # noqa: E402
+import finetuning_options  # noqa: E402
 import frozen_features  # noqa: E402
 import probes  # noqa: E402
 from command_line import Stop  # noqa: E402
@@ -135,9 +137,10 @@ def run(shards, checkpoint, tmp_path):
 
     def run(*flags: str, **options):
         defaults = {"model": checkpoint, "shards": shards, "label": "crop", "modalities": "s2", "num_workers": 0}
+        sides = {side: 0.2 for side in ("validation", "test") if f"{side}_split" not in options}
         defaults |= {"cache_dir": tmp_path / "cache", "output": tmp_path / "out" / "results.json", "bootstrap": 200}
         arguments = list(flags)
-        for name, value in {**defaults, **options}.items():
+        for name, value in {**defaults, **sides, **options}.items():
             if value is not None:
                 arguments += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
         kinds = (evaluate_frozen.ModelArguments, evaluate_frozen.DataArguments, evaluate_frozen.ProbeArguments)
@@ -480,14 +483,39 @@ def test_band_statistics(run, checkpoint, tmp_path, with_model):
 
 
 def test_splits_of_the_shards(run, tmp_path):
-    results = run(train="first", validation="second", test="third")
+    results = run(train_split="first", validation_split="second", test_split="third")
     (row,) = results["rows"]
     assert row["samples"] == {"train": 98, "validation": 34, "test": 30}  # of two there is no label or no s2
     assert "2 places are in training and in validation." in results["notes"]
     assert sorted(len(features.ids) for features in stored(tmp_path).values()) == [30, 34, 99]
-    (row,) = run(train="first", test="third")["rows"]
+    (row,) = run(train_split="first", test_split="third")["rows"]
     assert row["samples"]["test"] == 30 and row["samples"]["train"] + row["samples"]["validation"] == 98
     assert len(stored(tmp_path)) == 3
+
+
+def test_a_sensor_under_another_name(run, shards, tmp_path):
+    """What shards call optical the model reads as s2: the same features as of shards that call it s2."""
+
+    def read_optical(item: Item) -> Sample:
+        sample = make_sample(item.payload)
+        images = {"optical" if name == "s2" else name: layer for name, layer in sample.images.items()}
+        return Sample(sample.id, sample.place, images, sample.labels)
+
+    modalities = {"optical" if name == "s2" else name: spec for name, spec in SCHEMA.modalities.items()}
+    items = [Item(f"chip-{index:03d}", "made up", index) for index in range(COUNT)]
+    write_shards(items, read_optical, ShardSchema(modalities, SCHEMA.labels), tmp_path / "renamed", progress=False)
+    (expected,) = run(modalities=None)["rows"]
+    (row,) = run("--rename", "optical=s2", shards=tmp_path / "renamed", modalities=None)["rows"]
+    assert row == expected
+    with pytest.raises(Stop, match=r"--rename names \['radar'\]"):
+        run("--rename", "radar=s2")
+
+
+def test_sides_are_those_of_the_fine_tuning_scripts(run, shards, tmp_path):
+    (row,) = run("--split_seed", "4", validation=None, test=None)["rows"]
+    args = finetuning_options.DataArguments(shards=shards, split_seed=4, cache_dir=str(tmp_path / "datasets"))
+    sides = finetuning_data.read_sides(args, {"s2": "s2"}, "crop")
+    assert {side: len(chips) for side, chips in sides.items()} == row["samples"]
 
 
 def test_test_places_are_unseen_in_pretraining():
@@ -503,15 +531,22 @@ def test_test_places_are_unseen_in_pretraining():
         ({"shards": None}, "Give --shards"),
         ({"shards": "no/such/folder"}, "neither a folder nor the id"),
         ({"shards": "me/chips"}, "me/chips is no folder, and not to be had from the Hub"),
-        ({"train": "nothing"}, "No shards of the split `nothing`"),
-        ({"test": "nothing"}, "No shards of the split `nothing`"),
-        ({"test": "train"}, "The split `train` cannot serve twice"),
-        ({"test": 0.5, "validation": 0.5}, "leave some to train on"),
-        ({"validation": 0}, "must lie above 0"),
+        ({"train_split": "nothing"}, "No shards of the split `nothing`"),
+        ({"test_split": "nothing"}, "No shards of the split `nothing`"),
+        (
+            {"test_split": "train"},
+            "A split cannot serve twice: to train, validate and test there are ['train', 'train']",
+        ),
+        ({"test_split": "train", "test": 0.2}, "--test is a share of --train_split, and --test_split another split"),
+        ({"test": 0.5, "validation": 0.5}, "leave something to train on"),
+        ({"validation": 0}, "shares above 0, got"),
         ({"test": 0.001}, "No labelled sample is left for test: there are 80 places"),
-        ({"label": "wine"}, "no label `wine`. They have {'crop': 'class'"),
-        ({"label": "flood"}, "`flood` is of kind mask; only class and multi_label"),
-        ({"label": None}, "have 4 labels that can be evaluated"),
+        ({"label": "wine"}, "no label `wine`. Its labels: {'crop': 'class'"),
+        (
+            {"label": "flood"},
+            "`flood` is of kind mask, but this script takes a label of kind class or multi_label: use run_sem",
+        ),
+        ({"label": None}, "does not have one label of the kind class or multi_label: name it by --label"),
         ({"label": "only"}, "nothing to tell apart: of 2 classes, 1"),
         ({"modalities": "slope"}, "The shards have no modalities ['slope'], only ['s1', 's2', 'hls', 'mine']"),
         ({"modalities": "mine"}, "Unknown modalities ['mine']. This checkpoint has ['dem', 's1', 's2']"),
@@ -568,7 +603,7 @@ def test_stops_where_the_samples_do_not_suffice(run, tmp_path):
         run(shards=write_some(tmp_path / "place", range(60)), test=0.05, split_seed=seed)
     with pytest.raises(Stop, match=r"has any of \['s2'\]"):
         run(shards=write_some(tmp_path / "none", [20]))
-    held_out = {"train": "train", "validation": "val", "test": "test"}
+    held_out = {"validation_split": "val", "test_split": "test"}
     folder = tmp_path / "hops"
     write_some(folder, range(40))
     write_some(folder, range(40, 60), "val")
@@ -581,7 +616,7 @@ def test_says_which_classes_are_not_tested(run, tmp_path):
     folder = tmp_path / "shards"
     write_some(folder, range(60))
     write_some(folder, range(60, 90), "test", crop=lambda index: index % 2)
-    results = run(shards=folder, test="test")
+    results = run(shards=folder, test_split="test")
     assert "No test sample is of `rye`." in results["notes"]
     assert results["rows"][0]["results"][0]["logistic"]["accuracy"]["mean"] < 0.9
 
