@@ -20,6 +20,11 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Keeps the line breaks of a script's docstring, and shows defaults."""
 
 
+def message_of(error: Exception) -> str:
+    """What an error says, without the traceback that one from a worker of a `DataLoader` brings along."""
+    return f"{error}".rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+
+
 def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | None = None) -> tuple:
     """Arguments from the command line, after those of a JSON or YAML file if the first is one."""
     argv = sys.argv[1:] if argv is None else argv

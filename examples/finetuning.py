@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import Stop
+from command_line import Stop, message_of
 from finetuning_data import Data, check_samples, differ_in_size
 from finetuning_head import fit_head
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
@@ -145,7 +145,7 @@ def naming_samples() -> Iterator[None]:
     try:
         yield
     except NoValidPixelError as error:
-        raise Stop(f"{error}") from error
+        raise Stop(message_of(error)) from error
 
 
 class Complete(TrainerCallback):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from command_line import Stop
+from command_line import Stop, message_of
 from probes import LABEL_KINDS
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -311,8 +311,7 @@ def cached_features(
         )
         write_features(file, features)
     except (OSError, ValueError) as error:
-        # From a worker comes its traceback as well, with what the user wants to know at the end.
-        raise Stop(f"{error}".rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
+        raise Stop(message_of(error)) from error
     return features
 
 

@@ -80,7 +80,7 @@ class DataArguments:
     )
     train_split: str = field(default="train", metadata={"help": "Split of the shards to train on."})
     validation_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on, where there is one, instead of --held_out."}
+        default=None, metadata={"help": "Split of every source to evaluate on, instead of --held_out."}
     )
     held_out: float = field(default=0.1, metadata={"help": "Share of the places kept for evaluation."})
     split_seed: int = field(default=0, metadata={"help": "Chooses the places."})
@@ -138,8 +138,12 @@ class PretrainingArguments:
     push_to_hub: str | None = field(default=None, metadata={"help": "Repository to push the model to at the end."})
 
 
-# A run cannot go on with others.
-FIXED_SETTINGS = ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "base_learning_rate", "seed")
+# A run may go on with others of these: they change neither what is learnt nor from what.
+FREE_SETTINGS = {
+    *("output_dir", "logging_steps", "evaluation_steps", "evaluation_samples", "checkpoint_steps", "keep_checkpoints"),
+    *("from_scratch", "stop_after", "report_to", "peak_tflops", "process_timeout", "push_to_hub", "modalities"),
+    *("mixed_precision", "gradient_checkpointing", "torch_compile", "num_workers"),
+}
 
 
 def build_model(args: ModelArguments) -> MapexForPreTraining:
@@ -213,7 +217,10 @@ def held_out_samples(args: DataArguments, modalities: dict[str, list[str]]) -> d
         )
     samples = {}
     for source in args.sources:
-        stream = stream_shards(source, split, modalities=modalities[source], labels=[], places=places)
+        try:
+            stream = stream_shards(source, split, modalities=modalities[source], labels=[], places=places)
+        except (OSError, ValueError) as error:
+            raise Stop(f"Nothing to evaluate on: {error}") from error
         samples[source] = [sample for _, sample in zip(range(args.evaluation_samples), stream)]
     return samples
 
@@ -310,7 +317,7 @@ class Checkpoints:
         changed = [
             f"{name}: {run[name]} -> {value}"
             for name, value in description.items()
-            if name in run and run[name] != value and name != "processes"
+            if name in run and run[name] != value and name not in ("processes", "workers")
         ]
         if changed:
             raise Stop(
@@ -319,14 +326,15 @@ class Checkpoints:
             )
         accelerator.load_state(str(last))
         position = last / f"stream_{accelerator.process_index}.pt"
-        if run["processes"] == accelerator.num_processes:
+        if all(run.get(name, description[name]) == description[name] for name in ("processes", "workers")):
             loader.load_state_dict(torch.load(position, weights_only=True))
         else:
             # The samples fall to other processes now: positions mean nothing, each source begins another epoch.
             mixture.begin_epoch(run["step"])
+            before, now = (f"{of['processes']} processes with {of.get('workers')} workers" for of in (run, description))
             accelerator.print(
-                f"The run had {run['processes']} processes, now {accelerator.num_processes}: weights, optimiser and "
-                "schedule go on exactly; every source begins a new epoch."
+                f"The run had {before}, now {now}: weights, optimiser and schedule go on exactly; every source begins "
+                "a new epoch."
             )
         return run["step"]
 
@@ -529,6 +537,8 @@ class Window:
 
 
 def main(model_args: ModelArguments, data_args: DataArguments, args: PretrainingArguments) -> None:
+    if args.keep_checkpoints < 1:
+        raise Stop(f"--keep_checkpoints must be at least 1, to go on from; got {args.keep_checkpoints}.")
     accelerator = start(args)
     output_dir = Path(args.output_dir)
     is_sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -598,20 +608,20 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         (output_dir / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     checkpoints = Checkpoints(output_dir, accelerator, model, args)
+    settings = {**asdict(model_args), **asdict(data_args), **asdict(args)}
     description = {
+        **{name: value for name, value in settings.items() if name not in FREE_SETTINGS},
         "processes": accelerator.num_processes,
-        "sources": data_args.sources,
-        "weights": data_args.weights,
-        "crop_size": data_args.crop_size,
+        "workers": data_args.num_workers,
         "modalities": list(config.modalities),
+        "bands": {name: spec["bands"] for name, spec in config.modalities.items()},
         "config_overrides": read_overrides(model_args.config_overrides, MapexConfig),
-        **{name: getattr(args, name) for name in FIXED_SETTINGS},
     }
     step = checkpoints.load(loader, mixture, description)
     if step:
         accelerator.print(f"Going on from step {step}.")
     log = Log(output_dir / "log.jsonl", accelerator, step)
-    accelerator.init_trackers("logs", config=_flat({**asdict(model_args), **asdict(data_args), **asdict(args)}))
+    accelerator.init_trackers("logs", config=_flat(settings))
 
     def draw(part: int) -> torch.Generator:
         """Of masks, pools and noise: of its own for each step, part of a step and process, hence the same on resume."""
@@ -669,12 +679,14 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
                 values |= window.throughput(plain_model, share, accelerator.num_processes, args.peak_tflops)
                 values["training/learning_rate"] = scheduler.get_last_lr()[0]
                 log(values, step)
-                progress.set_postfix(
-                    loss=f"{values['training/loss']:.3f}",
-                    reconstruction=f"{values['training/reconstruction_loss']:.3f}",
-                    information=f"{values.get('training/normalized_mutual_information', math.nan):.2f}",
-                    samples_s=f"{values['throughput/samples_per_second']:.0f}",
-                )
+                shown = {
+                    "loss": f"{values['training/loss']:.3f}",
+                    "reconstruction": f"{values['training/reconstruction_loss']:.3f}",
+                    "samples_s": f"{values['throughput/samples_per_second']:.0f}",
+                }
+                if (information := values.get("training/normalized_mutual_information")) is not None:
+                    shown["information"] = f"{information:.2f}"
+                progress.set_postfix(shown)
                 window = Window()
             with window.pause():
                 if batches and (step % args.evaluation_steps == 0 or step == args.max_steps):
@@ -684,7 +696,8 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
     progress.close()
 
     if step < args.max_steps:
-        accelerator.print(f"Stopped at step {step}. Run the same command again to go on.")
+        again = "Run the same command again" + (", without --from_scratch," if args.from_scratch else "")
+        accelerator.print(f"Stopped at step {step}. {again} to go on.")
     else:
         state_dict = accelerator.get_state_dict(model)
         if accelerator.is_main_process:

@@ -116,7 +116,7 @@ def drop_modalities(sample: dict[str, Any], probability: float, generator: torch
 
 
 def drop_bands(
-    pixel_values: dict[str, torch.Tensor], probability: float, generator: torch.Generator
+    pixel_values: dict[str, torch.Tensor], probability: float, draws: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Replace single bands of single samples by their mean, which is 0 after normalisation, but never all of a modality
     (band dropout as in OlmoEarth).
@@ -124,13 +124,13 @@ def drop_bands(
     Args:
         pixel_values (`dict[str, torch.Tensor]`): Modality to `(batch, channels, height, width)`, normalised.
         probability (`float`): Of dropping a band.
-        generator (`torch.Generator`): Source of the choice.
+        draws (`dict[str, torch.Tensor]`): Modality to uniform numbers `(batch, channels)`; the band with the highest
+            stays.
     """
     _check_probability(probability)
     result = {}
     for name, pixels in pixel_values.items():
-        draws = torch.rand(pixels.shape[:2], generator=generator)  # (B, C)
-        keep = (draws >= probability) | (draws == draws.amax(dim=1, keepdim=True))
+        keep = (draws[name] >= probability) | (draws[name] == draws[name].amax(dim=1, keepdim=True))  # (B, C)
         result[name] = pixels * keep[:, :, None, None].to(pixels)
     return result
 

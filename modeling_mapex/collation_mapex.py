@@ -99,8 +99,10 @@ class MapexCollator:
         ]
         batch = parts[0][1] if len(parts) == 1 else _merge(parts, len(samples))
         if self.band_dropout:
-            content = "\n".join(sample["id"] for sample in samples)
-            batch["pixel_values"] = drop_bands(batch["pixel_values"], self.band_dropout, self._generator(content))
+            draws = {
+                name: self._draw_bands(samples, name, pixels.shape[1]) for name, pixels in batch["pixel_values"].items()
+            }
+            batch["pixel_values"] = drop_bands(batch["pixel_values"], self.band_dropout, draws)
         return batch
 
     def _whole(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,6 +115,11 @@ class MapexCollator:
     def _generator(self, content: str, epoch: int | None = None) -> torch.Generator:
         epoch = int(self._epoch) if epoch is None else epoch
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}-{epoch}-{content}".encode()))
+
+    def _draw_bands(self, samples: list[dict[str, Any]], modality: str, count: int) -> torch.Tensor:
+        """Numbers for the bands of a modality, of each sample by itself: `(batch, count)`."""
+        generators = [self._generator(f"{sample['id']}-{modality}", sample.get("epoch")) for sample in samples]
+        return torch.stack([torch.rand(count, generator=generator) for generator in generators])
 
     def _augment(self, sample: dict[str, Any]) -> dict[str, Any]:
         generator = self._generator(sample["id"], sample.get("epoch"))  # in a mixture each data set has its own epoch

@@ -59,6 +59,7 @@ _LIBRARY_KEYS = {
 PER_BAND_KEYS = ("mean", "std", "clip", "codes")  # lists with one entry a band, which follow a choice of bands
 _MODALITY_KEYS = {
     "bands",
+    "other_codes",
     "gsd",
     "patch_size",
     "target_groups",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .pruning_mapex import MODALITY_KEY, kept_part, prune_config, rebuild
+from .pruning_mapex import MODALITY_KEY, kept_part, prune_config, rebuild, refuse_adapters
 
 
 def add_modality(model, name: str, like: str, *, bands: dict[str, str] | None = None, **description):
@@ -93,6 +93,7 @@ def extend_state_dict(
         config, extended (`MapexConfig`): Of the model, and from [`extend_config`] with the same arguments.
         name, like, bands: As in [`add_modality`].
     """
+    refuse_adapters(state_dict)
     alike = prune_config(config, {like: list(_band_names(config, like, bands).values())}, config.expert_ids)
     held = list(config.modalities)
     rows = [held.index(like if entry == name else entry) for entry in extended.modalities]

@@ -23,9 +23,9 @@ from .units_mapex import UNITS, check_range
 
 logger = logging.get_logger(__name__)
 
-_GSD_TOLERANCE = 1e-3  # samples that differ by less have one resolution
 _SPEC_KEYS = (
     *("bands", "gsd", "patch_size", "unit", "mean", "std", "clip", "nodata", "dn_scale", "dn_offset", "codes"),
+    "other_codes",
 )
 # What saving adds to the file beside the arguments of the constructor.
 _LIBRARY_KEYS = {"image_processor_type", "auto_map", "processor_class", "_commit_hash", "_name_or_path", "name_or_path"}
@@ -68,7 +68,8 @@ class MapexImageProcessor(BaseImageProcessor):
         modalities (`dict[str, dict]`):
             As in `MapexConfig.modalities`, from which [`MapexImageProcessor.from_config`] takes it: per modality
             `bands` (in the model's order), `gsd` (metres per pixel) and `patch_size`; `unit`, `mean` and `std` (one
-            value a band, in `unit`), and where they apply `clip`, `nodata`, `dn_scale`, `dn_offset`, `codes`.
+            value a band, in `unit`), and where they apply `clip`, `nodata`, `dn_scale`, `dn_offset`, `codes`,
+            `other_codes` (of classes that were pruned: valid, and none of the bands).
         do_normalize (`bool`):
             Whether to subtract the mean and divide by the standard deviation of each band.
         do_resize (`bool`):
@@ -589,6 +590,8 @@ class MapexImageProcessor(BaseImageProcessor):
         codes = _per_band(spec["codes"])
         pixels = (stacked == codes).float()  # (n, C, H, W)
         valid = pixels.any(dim=1)
+        for code in spec.get("other_codes", []):
+            valid |= stacked[:, 0] == code
         holes = ~stacked[:, 0].isfinite()
         for sentinel in sentinels:
             holes |= stacked[:, 0] == sentinel
@@ -606,10 +609,11 @@ class MapexImageProcessor(BaseImageProcessor):
 
 
 def combine_gsd(metres: np.ndarray) -> float | torch.Tensor:
-    """Metres per pixel of samples as a model takes them: one number, or a float32 tensor `(batch,)` if they differ."""
-    if np.ptp(metres) <= _GSD_TOLERANCE * metres.mean():
-        return float(metres.mean())
-    return torch.from_numpy(metres).float()
+    """Metres per pixel of samples as a model takes them, to seven digits: one number, or a float32 tensor `(batch,)` if
+    they differ.
+    """
+    metres = np.array([float(f"{value:.7g}") for value in metres])  # each by itself: a batch changes no sample
+    return float(metres[0]) if (metres == metres[0]).all() else torch.from_numpy(metres).float()
 
 
 def _is_pil(value: Any) -> bool:
@@ -650,12 +654,20 @@ def _resize(
 
 def save_image_processor(config, directory: str | os.PathLike) -> None:
     """Put the processor of a model beside its weights, if the configuration has the statistics for it. One that is
-    there for the same modalities, perhaps with options of the user's, is left alone.
+    there for the same modalities, perhaps with options of the user's, is left alone; one for others is deleted.
     """
+    file = Path(directory) / IMAGE_PROCESSOR_NAME
     if any(None in (spec.get("mean") or [None]) + (spec.get("std") or [None]) for spec in config.modalities.values()):
+        if file.is_file():
+            there = json.loads(file.read_text()).get("modalities", {})
+            shared = ("bands", "gsd", "patch_size")
+            described = (
+                {name: [spec[key] for key in shared] for name, spec in of.items()} for of in (there, config.modalities)
+            )
+            if len({json.dumps(of, sort_keys=True) for of in described}) > 1:
+                file.unlink()
         return
     processor = MapexImageProcessor.from_config(config)
-    file = Path(directory) / IMAGE_PROCESSOR_NAME
     if file.is_file() and json.loads(file.read_text()).get("modalities") == processor.modalities:
         return
     processor.save_pretrained(directory)

@@ -350,6 +350,10 @@ def _slice_spec(name: str, spec: dict[str, Any], bands: list[str]) -> dict[str, 
     for key in PER_BAND_KEYS:
         if spec.get(key) is not None:
             sliced[key] = [spec[key][position] for position in positions]
+    if spec.get("codes") is not None and len(bands) < len(spec["bands"]):
+        # Ground of a class that is no longer told apart is still ground, not a hole in the data.
+        dropped = [code for code in spec["codes"] if code not in sliced["codes"]]
+        sliced["other_codes"] = sorted([*spec.get("other_codes", []), *dropped])
     if spec.get("target_groups") is not None:
         groups = [[band for band in group if band in bands] for group in spec["target_groups"]]
         sliced["target_groups"] = [group for group in groups if group]
@@ -363,12 +367,22 @@ def prune_state_dict(state_dict: dict[str, torch.Tensor], config, pruned) -> dic
         state_dict (`dict[str, torch.Tensor]`): Of the source, experts stacked as in memory.
         config, pruned (`MapexConfig`): Of the source and of the result.
     """
+    refuse_adapters(state_dict)
     result = {}
     for key, tensor in state_dict.items():
         part = kept_part(key, config, pruned)
         if part is not None:
             result[part.key] = part.of(tensor).detach().clone(memory_format=torch.contiguous_format)
     return result
+
+
+def refuse_adapters(state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` for the weights of a model with adapters, which hide those that they adapt."""
+    if any(".base_layer." in key or "lora_" in key for key in state_dict):
+        raise ValueError(
+            "The model carries adapters (peft): merge them first, `model = model.merge_and_unload()` of a `PeftModel`, "
+            "or take them off, `model.delete_adapter(...)`."
+        )
 
 
 class KeptPart(NamedTuple):
@@ -477,7 +491,7 @@ def unprune_state_dict(
     """The tensors of the whole model with those of a pruned one put back to where they came from; every one a copy.
 
     What the pruned model does not have, such as the experts that it dropped and the routers of layers that it left one
-    expert, stays as it is in `state_dict`. A head that only one of the two models has is left alone.
+    expert, stays as it is in `state_dict`, and so does a head (decoder, classifier) that only one of the two has.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`), config (`MapexConfig`): Of the whole model.
@@ -487,12 +501,17 @@ def unprune_state_dict(
         ValueError: a pruned model that cannot come from the whole one.
     """
     _require_descent(config, pruned)
+    refuse_adapters(state_dict)
+    refuse_adapters(pruned_state_dict)
+    there = {key.split(".")[0] for key in pruned_state_dict}
     result = {}
     for key, tensor in state_dict.items():
         result[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
         part = kept_part(key, config, pruned)
-        if part is None or part.key not in pruned_state_dict:
+        if part is None or part.key.split(".")[0] not in there:
             continue
+        if part.key not in pruned_state_dict:
+            raise ValueError(f"The pruned model lacks `{part.key}`: it is not whole, or not of the same architecture.")
         values = pruned_state_dict[part.key]
         if values.shape != part.of(tensor).shape:
             raise ValueError(
@@ -528,11 +547,19 @@ def _require_descent(config, pruned) -> None:
             )
 
 
+_HEADS_WITH_LABELS = {"classifier", "dense_decoder"}
+_FIELDS_OF_LABELS = (
+    *("id2label", "label2id", "problem_type", "class_weights", "semantic_loss_ignore_index"),
+    *("label_mean", "label_std", "dense_window_metres", "pooling_type"),
+)
+
+
 def unprune(full, pruned):
     """Put what a pruned model has learned back into the model it was cut from.
 
     Experts, patch and modality embeddings (of the kept bands), router rows and everything that all modalities share
-    take the values of `pruned`; the rest stays that of `full`. Without training in between the result equals `full`
+    take the values of `pruned`, and so does a head that both have, with what the configuration says of its labels; the
+    rest stays that of `full`. Without training in between the result equals `full`
     bit for bit. After training, the modalities that `pruned` did not have meet shared layers that have changed: measure
     them before you rely on them, and calibrate again before you prune again.
 
@@ -564,7 +591,12 @@ def unprune(full, pruned):
     else:
         state_dict = {key.removeprefix(encoder): tensor for key, tensor in state_dict.items()}
     merged = unprune_state_dict(own_state_dict, full.config, state_dict, pruned.config)
-    return rebuild(full, copy.deepcopy(full.config), merged)
+    config = copy.deepcopy(full.config)
+    own_heads, heads = ({key.split(".")[0] for key in keys} for keys in (own_state_dict, state_dict))
+    if own_heads & heads & _HEADS_WITH_LABELS:
+        for field in _FIELDS_OF_LABELS:
+            setattr(config, field, copy.deepcopy(getattr(pruned.config, field)))
+    return rebuild(full, config, merged)
 
 
 def rebuild(model, config, state_dict: dict[str, torch.Tensor]):

@@ -56,7 +56,8 @@ def routing_metrics(sums: PretrainingSums, config) -> dict[str, float]:
         config (`MapexConfig`): Of the model.
 
     Returns:
-        `dict[str, float]`: like `{"normalized_mutual_information": 0.8, "normalized_mutual_information/layer_1": ...}`.
+        `dict[str, float]`: like `{"normalized_mutual_information": 0.8, "normalized_mutual_information/layer_1": ...}`;
+        without the information where there is one modality, and it is not defined.
     """
     layers = [layer for layer, ids in zip(config.moe_layers, config.expert_ids) if len(ids) > 1]
     present = sums.tokens > 0
@@ -70,6 +71,8 @@ def routing_metrics(sums: PretrainingSums, config) -> dict[str, float]:
             "dead_experts": float(dead_experts(dispatched[present], config.num_experts_per_tok)),
         }
         for name, value in values.items():
+            if math.isnan(value):
+                continue
             metrics[f"{name}/layer_{layer}"] = value
             whole = value if name == "dead_experts" else value / len(layers)
             metrics[name] = metrics.get(name, 0.0) + whole

@@ -111,6 +111,8 @@ def write_shards(
     if resume and fresh:
         for index, path in enumerate(finished):
             _link(path, partial / f"{index:05d}.parquet")
+    elif resume:
+        _take_back(output, split, partial)
 
     writer = _ShardWriter(partial, schema, shard_bytes)
     spans = _plan(items, partial, schema) if resume else [(0, len(items), None)]
@@ -154,11 +156,15 @@ def write_shards(
     if not written:
         shutil.rmtree(partial)
         return WriteReport(0, failures, [], 0, time.perf_counter() - start)
-    for path in finished:
-        path.unlink()
     final = [output / f"{split}-{index:05d}-of-{len(paths):05d}.parquet" for index in range(len(paths))]
     for path, name in zip(paths, final):
-        os.replace(path, name)
+        if name.exists() and path.samefile(name):  # of two links to one file, renaming one to the other does nothing
+            path.unlink()
+        else:
+            os.replace(path, name)
+    for path in finished:
+        if path not in final:
+            path.unlink()
     partial.rmdir()
     return WriteReport(written, failures, final, reused, time.perf_counter() - start)
 
@@ -167,6 +173,16 @@ def _progress_bar(total: int, title: str):
     from tqdm import tqdm
 
     return tqdm(total=total, desc=title, unit=" samples", smoothing=0.1)
+
+
+def _take_back(output: Path, split: str, partial: Path) -> None:
+    """The first shards of a run that was ended while all of them were being given their names."""
+    waiting = sorted(int(path.stem) for path in partial.glob("*.parquet"))
+    if waiting:
+        named = [output / f"{split}-{index:05d}-of-{waiting[-1] + 1:05d}.parquet" for index in range(waiting[0])]
+        if all(path.is_file() for path in named):
+            for index, path in enumerate(named):
+                _link(path, partial / f"{index:05d}.parquet")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -162,6 +162,23 @@ class TestPixelsWithoutData:
             assert np.array_equal(collate([sample])["labels"][0].numpy(), crop["labels"]["biomass"])
 
 
+def test_dropped_bands_depend_on_sample_and_epoch_only(processor, samples):
+    """Whatever else is in the batch; and by the epoch of its own stream, which a mixture gives it."""
+
+    def dropped(batch: list, epoch: int) -> list[tuple]:
+        collate = MapexCollator(processor, band_dropout=0.5)
+        pixels = collate([{**sample, "epoch": epoch} for sample in batch])["pixel_values"]["s2"]
+        return [tuple(bands) for bands in pixels.flatten(2).any(dim=2).tolist()]
+
+    seen = set()
+    for epoch in range(8):
+        together, backwards = dropped(samples, epoch), dropped(samples[::-1], epoch)
+        assert together == backwards[::-1]
+        assert together[0] == dropped(samples[:1], epoch)[0]
+        seen.add(together[0])
+    assert len(seen) > 1
+
+
 def test_epoch_reaches_running_workers(processor):
     pytest.importorskip("datasets", reason="the extra `data`")
     collate = MapexCollator(processor, crop_size=12, label="biomass")

@@ -412,7 +412,7 @@ class TestResize:
 
 
 class TestGsd:
-    @pytest.mark.parametrize("given", [20.0, [20.0], [20.0, 20.0], [20.0, 20.001], np.array([20.0, 20.0])])
+    @pytest.mark.parametrize("given", [20.0, [20.0], [20.0, 20.0], [20.0, 20.0000001], np.array([20.0, 20.0])])
     def test_one(self, given):
         value = processor()({"s1": physical("s1", 2)}, gsd={"s1": given})["gsd"]["s1"]
         assert isinstance(value, float) and value == pytest.approx(20.0, rel=1e-3)
@@ -732,6 +732,14 @@ class TestBesideTheWeights:
         for folder in ("without", "half"):
             assert (tmp_path / folder / "config.json").is_file()
             assert not (tmp_path / folder / "preprocessor_config.json").exists()
+
+    def test_one_for_other_sensors_does_not_stay(self, tmp_path):
+        """It would normalise by the statistics of sensors that the model has not got, in silence."""
+        self.model().save_pretrained(tmp_path)
+        self.model(mean=None).save_pretrained(tmp_path)  # the same sensors: the user's own statistics for them
+        assert (tmp_path / "preprocessor_config.json").is_file()
+        self.model(mean=None, gsd=3.0).save_pretrained(tmp_path)
+        assert not (tmp_path / "preprocessor_config.json").exists()
 
     def test_customised_is_kept_while_it_fits(self, tmp_path):
         model = self.model()

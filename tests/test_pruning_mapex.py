@@ -2,14 +2,23 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODALITIES, SIZES, randomize, subsets, tiny_config, tiny_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_mapex import MapexForImageClassification, MapexForPreTraining, MapexModel
-from modeling_mapex.pruning_mapex import plan_experts, unprune
+from modeling_mapex import (
+    MapexConfig,
+    MapexForImageClassification,
+    MapexForPixelRegression,
+    MapexForPreTraining,
+    MapexImageProcessor,
+    MapexModel,
+    add_modality,
+)
+from modeling_mapex.pruning_mapex import plan_experts, unprune, unprune_state_dict
 
 
 CLASSES = [MapexModel, MapexForPreTraining, MapexForImageClassification]
@@ -458,8 +467,77 @@ class TestErrors:
             small({"radar": torch.randn(1, 2, *SIZES["radar"])})
 
 
+class TestAdapters:
+    """Weights that adapters hide are not lost in silence."""
+
+    def test_refused_until_they_are_merged(self, models):
+        peft = pytest.importorskip("peft", reason="the extra `lora`")
+        full = copy.deepcopy(models[MapexForImageClassification])
+        pruned = full.prune_for_modalities(["radar"])
+        adapter = peft.LoraConfig(target_modules=["q_proj"])
+        adapted, small = peft.get_peft_model(copy.deepcopy(full), adapter), pruned.build()
+        small.add_adapter(adapter)
+        with pytest.raises(ValueError, match="carries adapters"):
+            adapted.base_model.model.prune_for_modalities(["radar"])
+        with pytest.raises(ValueError, match="carries adapters"):
+            unprune(full, small)
+        with pytest.raises(ValueError, match="carries adapters"):
+            add_modality(small, "other", "radar")
+        merged = adapted.merge_and_unload().prune_for_modalities(["radar"])
+        assert all(torch.equal(tensor, merged.state_dict[key]) for key, tensor in pruned.state_dict.items())
+
+
+class TestCategorical:
+    def test_classes_that_were_pruned_are_ground_like_any_other(self):
+        """The pruned model and its processor against the whole one with the bands of other classes set to zero."""
+        config = MapexConfig.from_preset("nano", modalities=["s1", "worldcover"], hidden_size=32, num_attention_heads=4)
+        full = randomize(MapexModel(config))
+        full.calibrate_experts(
+            [
+                {
+                    "pixel_values": {
+                        name: torch.randn(2, len(spec["bands"]), 16, 16) for name, spec in config.modalities.items()
+                    }
+                }
+            ]
+        )
+        kept = ["tree_cover", "built_up"]
+        small = full.prune_for_modalities({"worldcover": kept}, coverage=1.0).build()
+        again = full.prune_for_modalities({"worldcover": [*kept, "water"]}, coverage=1.0).build()
+        again = again.prune_for_modalities({"worldcover": kept}, coverage=1.0).build()
+        assert again.config.modalities == small.config.modalities
+        codes = np.random.default_rng(0).choice(config.modalities["worldcover"]["codes"], (1, 16, 16))
+        codes[0, :3] = 0  # no data
+        whole = MapexImageProcessor.from_config(full.config)({"worldcover": codes})
+        part = MapexImageProcessor.from_config(small.config)({"worldcover": codes})
+        positions = [config.modalities["worldcover"]["bands"].index(name) for name in kept]
+        assert torch.equal(part["valid_mask"]["worldcover"], whole["valid_mask"]["worldcover"])
+        assert torch.equal(part["pixel_values"]["worldcover"], whole["pixel_values"]["worldcover"][:, positions])
+        with pytest.raises(ValueError, match=r"holds the codes \[77.0\]"):
+            MapexImageProcessor.from_config(small.config)({"worldcover": np.full((1, 16, 16), 77)})
+
+
 class TestUnprune:
     """A pruned model goes back to where it came from."""
+
+    def test_head_comes_with_what_its_labels_are(self):
+        full = randomize(MapexForPixelRegression(tiny_config(dense_window_metres=None)))
+        full.calibrate_experts([{"pixel_values": tiny_inputs()}])
+        small = full.prune_for_modalities(["radar"]).build(label_mean=63.0, label_std=72.0, dense_window_metres=160.0)
+        merged = unprune(full, small)
+        pixels = tiny_inputs(["radar"])
+        fields = ("label_mean", "label_std", "dense_window_metres")
+        assert [getattr(merged.config, field) for field in fields] == [63.0, 72.0, 160.0]
+        with torch.no_grad():
+            expected = full(pixels).logits * 72.0 + 63.0  # of mean 0 and deviation 1
+            torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-3)
+
+    def test_incomplete_weights(self, models):
+        full = models[MapexForImageClassification]
+        config, tensors = full.prune_for_modalities(["radar"])
+        del tensors["mapex.layers.0.attention.q_proj.weight"]
+        with pytest.raises(ValueError, match=r"lacks `mapex.layers.0.attention.q_proj.weight`"):
+            unprune_state_dict(full.state_dict(), full.config, tensors, config)
 
     @pytest.mark.parametrize("plan", PLANS, ids=str)
     @pytest.mark.parametrize("choice", [["radar"], ["height", "optical"], {"optical": ["nir", "blue"]}], ids=str)

@@ -213,6 +213,22 @@ class TestGoingOn:
         settings = settings_file(tmp_path, shards)
         output = run(settings, straight[0], "--max_steps", "9", code=1)
         assert "max_steps: 6 -> 9" in output and "--from_scratch" in output
+        # Other places held out: what was trained on would be evaluated on.
+        output = run(settings, straight[0], "--split_seed", "7", "--weight_decay", "0.5", code=1)
+        assert "split_seed: " in output and "weight_decay: 0.05 -> 0.5" in output
+
+    def test_with_other_workers_each_source_begins_anew(self, shards, tmp_path):
+        settings = settings_file(tmp_path, shards, num_workers=0)
+        output = run(settings, tmp_path, "--stop_after", "2", "--from_scratch")
+        assert "Run the same command again, without --from_scratch, to go on" in output
+        output = run(settings, tmp_path, "--num_workers", "1")
+        assert "with 0 workers, now 1 processes with 1 workers" in output and "Going on from step 2" in output
+
+    def test_numbers_that_cannot_be(self, shards, tmp_path):
+        settings = settings_file(tmp_path, shards)
+        assert "--keep_checkpoints must be at least 1" in run(settings, tmp_path, "--keep_checkpoints", "0", code=1)
+        output = run(settings, tmp_path, "--validation_split", "val", code=1)
+        assert "Nothing to evaluate on: No shards of the split `val`" in output and "Traceback" not in output
 
 
 def test_activation_checkpointing_changes_nothing(shards, straight, tmp_path):

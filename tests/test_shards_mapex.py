@@ -224,6 +224,29 @@ class TestWriting:
         write(tmp_path, count=3, overwrite=True)
         assert [sample["id"] for sample in decoded(tmp_path)] == ["chip-0", "chip-1", "chip-2"]
 
+    @pytest.mark.parametrize("before", [False, True])
+    def test_interrupted_while_shards_got_their_names(self, tmp_path, monkeypatch, before):
+        """All is read: it only remains to go on with the names. Shards of an earlier run go."""
+        write(tmp_path / "whole")
+        assert len(contents(tmp_path / "whole")) > 2
+        output = tmp_path / "stopped"
+        if before:
+            write(output, count=3)
+        replace = os.replace
+
+        def interrupted(source, target):
+            if "-00001-of-" in str(target):
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write(output, overwrite=True)
+        report = write(output, resume=True)
+        assert report.reused == 11 and contents(output) == contents(tmp_path / "whole")
+        assert not (output / ".train.partial").exists()
+
     def test_resume_of_what_is_complete_reads_nothing(self, tmp_path):
         write(tmp_path)
         before = contents(tmp_path)
