@@ -18,7 +18,9 @@ import torch
 from tqdm import tqdm
 
 from modeling_mapex import SENSORS, MapexImageProcessor, terrain_slope
+from modeling_mapex.collation_mapex import MapexCollator
 from modeling_mapex.data_mapex import read_schema, stream_shards
+from modeling_mapex.image_processing_mapex import NoValidPixelError
 from modeling_mapex.sensors_mapex import modality_spec
 
 
@@ -74,20 +76,14 @@ def main(args: argparse.Namespace) -> None:
                 specs[name] = spec
         if not specs:
             continue
-        processor = MapexImageProcessor(specs, do_normalize=False)
+        collate = MapexCollator(MapexImageProcessor(specs, do_normalize=False))
         for sample in tqdm(stream_shards(source, args.split, modalities=list(specs)), desc=source, unit=" samples"):
-            sensors = {name: sample["sensors"][name] for name, pixels in sample["images"].items() if pixels is not None}
-            if not sensors:
+            try:
+                features = collate([sample])
+            except NoValidPixelError:
                 continue
-            features = processor(
-                {name: sample["images"][name] for name in sensors},
-                bands={name: sensor["bands"] for name, sensor in sensors.items() if sensor["unit"] != "class"},
-                units={name: sensor["unit"] for name, sensor in sensors.items()},
-                nodata={name: sensor["nodata"] for name, sensor in sensors.items() if "nodata" in sensor},
-                dn_offset={name: sensor["dn_offset"] for name, sensor in sensors.items() if "dn_offset" in sensor},
-            )
             for name, pixels in features["pixel_values"].items():
-                key = sensors[name].get("sensor", name)
+                key = sample["sensors"][name].get("sensor", name)
                 valid = features["valid_mask"][name][0]
                 moments.setdefault(key, Moments()).add(specs[name]["bands"], pixels[0], valid)
                 if key == "dem":

@@ -14,6 +14,7 @@ pruning costs nothing, 0 when the kept experts are worth nothing.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,7 +159,9 @@ def evaluate_model(
 
 
 def retention(entry: dict[str, Any], error: float) -> float:
-    return (entry["without"] - error) / (entry["without"] - entry["full"])
+    """Share of what the experts are worth that is left; NaN where they are worth nothing."""
+    worth = entry["without"] - entry["full"]
+    return (entry["without"] - error) / worth if worth else math.nan
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -234,11 +237,21 @@ def main(args: EvaluationArguments, data_args: DataArguments) -> None:
         raise Stop("Give --model and --sources.")
     results = []
     for name in args.model:
-        model = MapexForPreTraining.from_pretrained(name)
+        try:
+            model = MapexForPreTraining.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise Stop(f"Cannot load {name}: {error}") from error
+        held = [len(ids) for ids in model.config.expert_ids]
+        if not held or min(held) < max(KEPT):
+            raise Stop(f"{name} has {held or 'no'} experts in its layers: prunings to {KEPT} need a whole model.")
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        modalities = {
-            source: usable_modalities(source, data_args.train_split, model.config)[0] for source in data_args.sources
-        }
+        try:
+            modalities = {
+                source: usable_modalities(source, data_args.train_split, model.config)[0]
+                for source in data_args.sources
+            }
+        except (OSError, ValueError) as error:
+            raise Stop(f"{error}") from error
         samples = [sample for part in held_out_samples(data_args, modalities).values() for sample in part]
         collator = MapexCollator(
             MapexImageProcessor.from_config(model.config), crop_size=data_args.crop_size, group=True
@@ -252,6 +265,8 @@ def main(args: EvaluationArguments, data_args: DataArguments) -> None:
             ]
             for start in range(0, len(chosen), args.batch_size):
                 batches += collator(chosen[start : start + args.batch_size])["groups"]
+        if not all(halves.values()):
+            raise Stop("No held-out sample is left to calibrate or to test on: give more --sources or --held_out.")
         results.append(evaluate_model(model, halves["calibration"], halves["test"], args))
     print(report(results))
     if args.output:

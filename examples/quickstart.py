@@ -136,6 +136,8 @@ def main(args: Arguments) -> None:
         processor = AutoImageProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         sys.exit(f"Cannot load {args.model}: {error}")
+    if lacking := [name for name in UNITS if name not in full.config.modalities]:
+        sys.exit(f"{args.model} has no {lacking}, which the patches have: give a --model that was not pruned.")
 
     # Real imagery, in the units of its files; the processor knows what the model wants.
     pairs = extract_patches(output_dir / "bigearthnet")

@@ -12,6 +12,7 @@ pytest.importorskip("accelerate", reason="the script shares options with pretrai
 pytest.importorskip("torchdata", reason="the script shares options with pretraining")
 
 import evaluate_pretraining
+from command_line import Stop
 from run_pretraining import DataArguments
 
 from modeling_mapex import MapexConfig, MapexForPreTraining
@@ -46,6 +47,24 @@ def results(tmp_path_factory):
         DataArguments(sources=[str(folder / "shards")], held_out=0.8, crop_size=24),
     )
     return json.loads((folder / "results.json").read_text())[str(folder / "model")]
+
+
+def test_what_cannot_be_evaluated(tmp_path):
+    config = MapexConfig.from_preset("nano", modalities=["s1"], hidden_size=32, num_attention_heads=4, num_experts=2)
+    MapexForPreTraining(config).save_pretrained(tmp_path / "small")
+    MapexForPreTraining(
+        MapexConfig.from_dict({**config.to_dict(), "num_experts": 4, "expert_ids": None})
+    ).save_pretrained(tmp_path / "whole")
+    write_shards(items(4), read, SCHEMA, tmp_path / "shards", progress=False)
+    for model, source, words in (
+        ("nowhere", "shards", "Cannot load .*nowhere"),
+        ("small", "shards", r"has \[2.*\] experts in its layers: prunings to \(1, 2, 3\) need a whole model"),
+        ("whole", "elsewhere", "elsewhere"),
+        ("whole", "shards", "No held-out sample is left to calibrate or to test on"),
+    ):
+        args = evaluate_pretraining.EvaluationArguments(model=[str(tmp_path / model)])
+        with pytest.raises(Stop, match=words):
+            evaluate_pretraining.main(args, DataArguments(sources=[str(tmp_path / source)], held_out=0.0, crop_size=24))
 
 
 def test_specialisation(results):

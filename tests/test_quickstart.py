@@ -58,6 +58,11 @@ def test_refuses_bad_options_and_files(quickstart, checkpoint, tmp_path):
         run(patch=6)
     with pytest.raises(SystemExit, match=r"Cannot load .*nowhere"):
         run(model=str(tmp_path / "nowhere"))
+    MapexForPreTraining.from_pretrained(checkpoint, modalities=["s1"]).save_pretrained(tmp_path / "pruned")
+    with pytest.raises(
+        SystemExit, match=r"pruned has no \['s2'\], which the patches have: give a --model that was not"
+    ):
+        run(model=str(tmp_path / "pruned"))
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="Choose another place with --output_dir"):
         run(output_dir=str(tmp_path / "file"))
