@@ -62,7 +62,7 @@ class Job:
 
     @property
     def settings_file(self) -> Path:
-        return self.folder.with_suffix(".json")
+        return self.folder.with_name(f"{self.folder.name}.json")  # a name may hold a dot: no suffix
 
     def results(self) -> dict[str, Any] | None:
         """Of the finished run, if it is."""
@@ -80,7 +80,7 @@ class Job:
         """Run it in a process of its own; the end of what it said, if it failed."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.settings_file.write_text(json.dumps(self.settings, indent=1))
-        log = self.folder.with_suffix(".log")
+        log = self.folder.with_name(f"{self.folder.name}.log")
         with log.open("w") as output:
             command = [sys.executable, str(EXAMPLES / self.script), str(self.settings_file)]
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode

@@ -18,7 +18,7 @@ from modeling_mapex import MapexConfig
 from modeling_mapex.data_mapex import split_of_place
 
 
-METHODS = {"pruned": {}, "convnet": {"convnet": True}, "pixel": {"script": "pixel_baseline.py"}}
+METHODS = {"pruned, 1.5": {}, "convnet": {"convnet": True}, "pixel": {"script": "pixel_baseline.py"}}
 
 
 @pytest.fixture
@@ -66,10 +66,13 @@ def test_everything_is_run_once(tasks, tmp_path, monkeypatch, capsys):
     evaluate_tasks.main(args)
     table = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    assert [row[1] for row in rows if row[1] in METHODS] == ["pruned", "convnet", "pixel", "pruned", "pixel"]
+    assert [row[1] for row in rows if row[1] in METHODS] == ["pruned, 1.5", "convnet", "pixel", "pruned, 1.5", "pixel"]
     assert "### Floods" in table and "### Biomass" in table
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/*/results.json")}
     assert len(files) == 5
+    for path in files:  # beside the run, of its whole name
+        settings = json.loads(path.parent.with_name(f"{path.parent.name}.json").read_text())
+        assert settings["output_dir"] == str(path.parent)
     # Radar tells the classes and the values: a forest of single pixels finds them.
     forest = json.loads((tmp_path / "runs/flood/all/pixel-0/results.json").read_text())
     assert forest["metrics"]["mean_iou"] > 0.85 and forest["samples"]["train"] == 32
@@ -99,7 +102,7 @@ def test_what_failed_is_told(tasks, tmp_path, capsys):
     content = yaml.safe_load(tasks.read_text())
     content["tasks"]["flood"]["options"]["label"] = "nothing"
     tasks.write_text(yaml.safe_dump(content))
-    args = evaluate_tasks.Arguments(str(tasks), ["flood"], ["pruned"], 1, str(tmp_path / "runs"))
+    args = evaluate_tasks.Arguments(str(tasks), ["flood"], ["pruned, 1.5"], 1, str(tmp_path / "runs"))
     with pytest.raises(SystemExit, match=r"(?s)These runs failed.*has no label `nothing`"):
         evaluate_tasks.main(args)
     with pytest.raises(SystemExit, match="has no tasks"):
