@@ -163,7 +163,7 @@ def extracting_and_encoding(
         return Sample(item.id, item.id, {args.modality: Layer(pixels, gsd=spec["gsd"])})
 
     write_shards([Item(f"{index}", "made up", index) for index in range(count)], read, schema, folder, progress=False)
-    encoder, shards = Encoder("pruned", model.mapex, [args.modality]), Shards(str(folder), None)
+    encoder, shards = Encoder("pruned", model.mapex, [args.modality]), Shards(str(folder), None, {})
     encoder.model.to(args.device)
     batch = {args.modality: torch.randn(args.batch_size, len(spec["bands"]), size, size, device=args.device)}
 
