@@ -161,12 +161,15 @@ class MapexCollator:
         pixels, sensor = sample["images"][name], sample["sensors"][name]
         if pixels is None:
             return False
-        sentinels = sensor.get("nodata")
-        if sentinels is None:
-            sentinels = self.processor.modalities.get(name, {}).get("nodata", [])  # an unknown one it refuses itself
-        marked = any((pixels == value).any() for value in np.atleast_1d(sentinels))
-        if np.isfinite(pixels).all() and not marked and sensor["unit"] != "linear":
-            return True  # nearly all are whole: this is to find out fast
+        spec = self.processor.modalities.get(name, {})  # an unknown one it refuses itself
+        sentinels = spec.get("nodata", []) if sensor.get("nodata") is None else sensor["nodata"]
+        height, width = pixels.shape[1:]
+        keeps_size = not (height % spec.get("patch_size", 1) or width % spec.get("patch_size", 1))
+        # To find out fast, as nearly all have: of an image that is not resized the pixel in the middle will do.
+        some = pixels[:, height // 2, width // 2] if keeps_size else pixels
+        marked = any((some == value).any() for value in np.atleast_1d(sentinels))
+        if np.isfinite(some).all() and not marked and sensor["unit"] != "linear":
+            return True
         try:
             self._process([{**sample, "images": {**dict.fromkeys(sample["images"]), name: pixels}}])
         except NoValidPixelError:
