@@ -169,7 +169,7 @@ def stream_shards(
 
     schema = read_schema(source, split, revision=revision, token=token).select(modalities, labels)
     files = _locate(source, split, revision, token)
-    if seed is not None:  # the first epoch's order; `datasets` draws another one for each that follows
+    if seed is not None:  # the first epoch's order; `set_epoch` chooses those that follow
         files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
     dataset = load_dataset(
         "parquet",
@@ -233,13 +233,15 @@ class ShardStream(IterableDataset):
         return self.dataset.num_shards
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; takes effect when it begins."""
-        self.dataset.set_epoch(epoch)
+        """Choose the order of an epoch; takes effect when it begins. Without a seed all are alike."""
         self.window.epoch.fill_(epoch)
+        if self.window.seed is not None:
+            # `datasets` orders shards by this number alone: the same for every data set and seed, if it were the epoch.
+            self.dataset.set_epoch(zlib.crc32(f"{self.window.seed}-{epoch}".encode()) if epoch else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is: plain data."""
-        return {"epoch": self.dataset.epoch, "stream": self.dataset.state_dict()}
+        return {"epoch": int(self.window.epoch), "stream": self.dataset.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from [`ShardStream.state_dict`] when next iterated."""

@@ -97,6 +97,21 @@ def test_shuffled(shards):
     assert orders[0] != orders[1], "with one shard only the windows can differ"
 
 
+def test_order_of_shards_is_of_seed_and_epoch(shards):
+    """Windows of one sample: what remains is the order of the shards."""
+
+    def order(seed: int | None, epoch: int) -> tuple:
+        stream = stream_shards(shards(5), seed=seed, window=1)
+        stream.set_epoch(epoch)
+        return tuple(ids(stream))
+
+    assert all(order(None, epoch) == tuple(ALL) for epoch in range(3)), "as they were written"
+    orders = {(seed, epoch): order(seed, epoch) for seed in (3, 4) for epoch in range(5)}
+    assert len(set(orders.values())) > 7
+    changes = {seed: [orders[seed, epoch + 1] != orders[seed, epoch] for epoch in range(4)] for seed in (3, 4)}
+    assert sum(changes[3]) >= 3 and sum(changes[4]) >= 3
+
+
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("epoch", [0, 2])
 @pytest.mark.parametrize("stop", [1, 16, 17, 37, COUNT - 1])
