@@ -326,16 +326,20 @@ class Checkpoints:
             )
         accelerator.load_state(str(last))
         position = last / f"stream_{accelerator.process_index}.pt"
-        if all(run.get(name, description[name]) == description[name] for name in ("processes", "workers")):
-            loader.load_state_dict(torch.load(position, weights_only=True))
-        else:
-            # The samples fall to other processes now: positions mean nothing, each source begins another epoch.
+        readers = [
+            f"{run[name]} {name}, now {description[name]}"
+            for name in ("processes", "workers")
+            if run.get(name, description[name]) != description[name]
+        ]
+        if readers:
+            # The samples fall to others now: positions mean nothing, each source begins another epoch.
             mixture.begin_epoch(run["step"])
-            before, now = (f"{of['processes']} processes with {of.get('workers')} workers" for of in (run, description))
             accelerator.print(
-                f"The run had {before}, now {now}: weights, optimiser and schedule go on exactly; every source begins "
+                f"The run had {', '.join(readers)}: weights, optimiser and schedule go on exactly; every source begins "
                 "a new epoch."
             )
+        else:
+            loader.load_state_dict(torch.load(position, weights_only=True))
         return run["step"]
 
 

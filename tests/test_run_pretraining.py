@@ -222,7 +222,7 @@ class TestGoingOn:
         output = run(settings, tmp_path, "--stop_after", "2", "--from_scratch")
         assert "Run the same command again, without --from_scratch, to go on" in output
         output = run(settings, tmp_path, "--num_workers", "1")
-        assert "with 0 workers, now 1 processes with 1 workers" in output and "Going on from step 2" in output
+        assert "The run had 0 workers, now 1: weights" in output and "Going on from step 2" in output
 
     def test_numbers_that_cannot_be(self, shards, tmp_path):
         settings = settings_file(tmp_path, shards)
