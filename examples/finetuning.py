@@ -305,9 +305,9 @@ class Finetuning:
     def try_batch(self, model) -> None:
         """Forward passes as in training and in evaluation, to find what does not fit before training begins."""
         sides = self.data.sides
-        batch = self.training_collator(sides["train"].__getitems__(list(range(min(2, len(sides["train"]))))))
+        first = sides["train"].__getitems__(list(range(min(2, len(sides["train"])))))
         try:
-            model.eval()(**batch)
+            model.eval()(**self.training_collator(first))
             if self.in_windows:
                 predict(model, self.collator([sides["test"][0]]), self.args.batch_size)
         except ValueError as error:

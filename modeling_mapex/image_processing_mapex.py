@@ -658,19 +658,19 @@ def save_image_processor(config, directory: str | os.PathLike) -> None:
     """
     file = Path(directory) / IMAGE_PROCESSOR_NAME
     if any(None in (spec.get("mean") or [None]) + (spec.get("std") or [None]) for spec in config.modalities.values()):
-        if file.is_file():
-            there = json.loads(file.read_text()).get("modalities", {})
-            shared = ("bands", "gsd", "patch_size")
-            described = (
-                {name: [spec[key] for key in shared] for name, spec in of.items()} for of in (there, config.modalities)
-            )
-            if len({json.dumps(of, sort_keys=True) for of in described}) > 1:
-                file.unlink()
+        there = json.loads(file.read_text()).get("modalities") if file.is_file() else None
+        if there is not None and _grids(there) != _grids(config.modalities):
+            file.unlink()
         return
     processor = MapexImageProcessor.from_config(config)
     if file.is_file() and json.loads(file.read_text()).get("modalities") == processor.modalities:
         return
     processor.save_pretrained(directory)
+
+
+def _grids(modalities: dict[str, dict[str, Any]]) -> dict[str, list]:
+    """What a processor must share with a model beside statistics."""
+    return {name: [spec[key] for key in ("bands", "gsd", "patch_size")] for name, spec in modalities.items()}
 
 
 def terrain_slope(elevation: np.ndarray | torch.Tensor, gsd: float) -> torch.Tensor:
