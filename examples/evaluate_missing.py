@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from command_line import Stop, parse_arguments
 from finetuning_data import differ_in_size
-from finetuning_results import can_draw, intervals, predict
+from finetuning_results import can_draw, count_unread, intervals, predict
 from finetuning_tasks import MODEL_CLASSES, Task, open_task
 
 from modeling_mapex import MapexConfig
@@ -102,7 +102,7 @@ def evaluate(folder: Path, args: Arguments) -> tuple[list[dict[str, Any]], str]:
     # What a sample scores depends on itself alone: twice is enough for any share. The same pixels count in both.
     without, counted = score(model, task, args.missing, set(order.tolist()), batch_size)
     with_all, readable = score(model, task, args.missing, set(), batch_size, counted)
-    if unread := sum(int(((fewer != more) & ~torch.isnan(more)).sum()) for fewer, more in zip(counted, readable)):
+    if unread := sum(map(count_unread, readable, counted)):
         print(f"{unread} labelled pixels have no data around them without {args.missing}: they count at no share.")
     results = []
     for share in args.shares:

@@ -22,7 +22,7 @@ from finetuning_data import Data, check_samples, differ_in_size
 from finetuning_head import fit_head
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
-from finetuning_results import Scores, intervals, peak_memory, predict, results_table
+from finetuning_results import Scores, count_unread, intervals, peak_memory, predict, results_table
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -212,8 +212,8 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class FinetuningTrainer(MapexTrainer):
-    """Augments what it trains on, and not what it evaluates on. Where it trains on crops, maps of whole samples are
-    made in windows of their size.
+    """Augments what it trains on, and not what it evaluates on. Maps of samples that are larger than what it trains on
+    are made in windows of that size.
     """
 
     def __init__(self, *args, eval_collator: MapexCollator, in_windows: bool, **kwargs):
@@ -234,7 +234,7 @@ class FinetuningTrainer(MapexTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits, labels = predict(model, inputs, self.args.per_device_eval_batch_size)
-            self.unread += int(((labels != inputs["labels"]) & ~torch.isnan(inputs["labels"])).sum())
+            self.unread += count_unread(inputs["labels"], labels)
             loss = model.map_loss(logits, labels)
         return loss, None if prediction_loss_only else logits, labels
 

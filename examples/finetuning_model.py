@@ -81,10 +81,9 @@ def load(model_class: type, name: str, **options):
     unfit = sorted({key for key, *_ in info["mismatched_keys"]})
     if others := [key for key in unfit if not key.startswith(heads)]:
         raise Stop(f"These weights of {name} do not fit the configuration: {others[:5]}. Leave out --config_overrides.")
-    missing = {key.split(".")[0] for key in info["missing_keys"]}
     if unfit:
         print(f"The head of {name} is for another number of labels: a new one is trained.")
-    elif not missing:
+    elif not info["missing_keys"]:
         print(f"Going on with the head of {name}.")
     return model
 

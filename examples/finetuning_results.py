@@ -100,8 +100,8 @@ def can_draw() -> bool:
 
 
 def predict(model, batch: dict[str, Any], batch_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """The map of a batch, in windows of the size of the crops in training, if these were crops; and its labels, ignored
-    where no window over them holds a valid pixel, and the map is NaN. `batch_size` is of windows.
+    """The map of a batch, in windows of the size of what the model was trained on; and its labels, ignored where no
+    window over them holds a valid pixel, and the map is NaN. `batch_size` is of windows.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
@@ -109,6 +109,11 @@ def predict(model, batch: dict[str, Any], batch_size: int = 16) -> tuple[torch.T
     if logits.ndim == labels.ndim:  # values, which may be stored as whole numbers
         return logits, labels.float().masked_fill(torch.isnan(logits), torch.nan)
     return logits, labels.masked_fill(torch.isnan(logits[:, 0]), model.config.semantic_loss_ignore_index)
+
+
+def count_unread(labels: torch.Tensor, read: torch.Tensor) -> int:
+    """How many of the labels that count are ignored in `read`, which are the same but for those."""
+    return int(((labels != read) & ~torch.isnan(labels)).sum())
 
 
 def picture_of(config: MapexConfig, batch: dict[str, Any]) -> np.ndarray:

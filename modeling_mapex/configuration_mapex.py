@@ -126,8 +126,8 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
             Of the sines and cosines of elevations (modalities whose `unit` is metres) that the decoder of maps reads
             beside them, see [`fourier_features`].
         dense_window_metres (`float`, *optional*):
-            Side of the windows in which `predict_map` reads an image: that of the crops in training. Default: the whole
-            image at once.
+            Side of the windows in which `predict_map` reads an image: that of the images in training, or of the crops
+            of them. Default: the whole image at once.
         semantic_loss_ignore_index (`int`):
             The label of pixels that do not count in segmentation.
         class_weights (`list[float]`, *optional*):

@@ -657,13 +657,13 @@ def save_image_processor(config, directory: str | os.PathLike) -> None:
     there for the same modalities, perhaps with options of the user's, is left alone; one for others is deleted.
     """
     file = Path(directory) / IMAGE_PROCESSOR_NAME
+    there = json.loads(file.read_text()).get("modalities") if file.is_file() else None
     if any(None in (spec.get("mean") or [None]) + (spec.get("std") or [None]) for spec in config.modalities.values()):
-        there = json.loads(file.read_text()).get("modalities") if file.is_file() else None
         if there is not None and _grids(there) != _grids(config.modalities):
             file.unlink()
         return
     processor = MapexImageProcessor.from_config(config)
-    if file.is_file() and json.loads(file.read_text()).get("modalities") == processor.modalities:
+    if there == processor.modalities:
         return
     processor.save_pretrained(directory)
 

@@ -328,8 +328,8 @@ def _limits(config, class_name: str) -> str:
     ]
     if config.dense_window_metres is not None:
         lines.append(
-            f"- Trained on crops of {config.dense_window_metres:g} m: read larger images by `model.predict_map(...)`, "
-            "in windows of that size."
+            f"- Trained on images or crops of {config.dense_window_metres:g} m: read larger images by "
+            "`model.predict_map(...)`, in windows of that size."
         )
     if config.pruning is not None:
         lines.append("- Modalities, bands and experts that were dropped are gone; load the source for others.")
