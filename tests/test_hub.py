@@ -457,7 +457,8 @@ class TestBytes:
     """At base width, so that weights and not headers are what is counted."""
 
     @pytest.fixture(scope="class")
-    def base(self, tmp_path_factory):
+    @classmethod
+    def base(cls, tmp_path_factory):
         root = tmp_path_factory.mktemp("base")
         script = """
 from modeling_mapex import *
@@ -497,9 +498,13 @@ print(size / 1e6, peak_megabytes() - before)
         served, peaks = {}, {}
         for name in ("grouped", "pruned"):
             base.reset_counters()
-            code = f'NAME = "me/{name}"\n' + script
-            output = run_python(code, tmp_path, base.environment(tmp_path / name), package=False)
+            code, environment = f'NAME = "me/{name}"\n' + script, base.environment(tmp_path / name)
+            run_python(code, tmp_path, environment, package=False)
             served[name] = dict(base.served)
+            # Again from the cache: what downloading takes depends on how many files arrive at the same moment.
+            base.reset_counters()
+            output = run_python(code, tmp_path, environment, package=False)
+            assert not [file for file in base.served if file.endswith(".safetensors")], "nothing a second time"
             peaks[name] = [float(number) for number in output.split()]
         files = base.files("me/grouped")
         needed = {"model-trunk", "model-decoder", "model-experts-s1", "model-decoder-s1"}
@@ -510,9 +515,9 @@ print(size / 1e6, peak_megabytes() - before)
         assert total <= 1.02 * sum(files[name].size for name in weights)
         assert total <= 1.02 * equivalent, (total, equivalent)
         assert total < 0.5 * sum(entry.size for entry in files.values())
-        # Beside the weights there is the client, with buffers and code that is loaded late: the same for both.
+        # Beside the weights there is the client, with code that is loaded late: the same for both.
         (size, peak), (_, usual_peak) = peaks["grouped"], peaks["pruned"]
-        assert peak < usual_peak + 0.3 * size, peaks
+        assert peak < usual_peak + 0.1 * size, peaks
 
 
 class TestXet:

@@ -588,7 +588,7 @@ class TestUnprune:
         for tuned in (small, small.mapex):
             tuned.config.pruning = small.config.pruning
             merged = unprune(full, tuned)
-            assert float(merged.mapex.layernorm.weight.mean()) == 3.0
+            assert bool((merged.mapex.layernorm.weight == 3.0).all())
             assert torch.equal(merged.decoder.embed.weight, full.decoder.embed.weight)
         whole = unprune(models[MapexModel], small)
         assert float(whole.layernorm.weight.mean()) == 3.0
