@@ -149,17 +149,25 @@ def trainer_and_bare_loop(
 def extracting_and_encoding(
     model: MapexForImageClassification, folder: Path, args: Arguments
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Functions that encode `extracted_batches`: read from shards that are made in `folder`, or ready in memory."""
+    """Functions that encode `extracted_batches`: read from shards that are made in `folder`, stored as the converters
+    store the sensor, or ready in memory.
+    """
     spec = model.config.modalities[args.modality]
     count, size = args.batch_size * args.extracted_batches, args.image_size
     mean, std = (np.array(spec[key], dtype=np.float32)[:, None, None] for key in ("mean", "std"))
-    sensor = {"sensor": args.modality} if args.modality in SENSORS else {}
-    stored = {"bands": spec["bands"], "unit": spec["unit"], "gsd": spec["gsd"], "dtype": "float32", **sensor}
+    stored = {"bands": spec["bands"], "unit": spec["unit"], "gsd": spec["gsd"], "dtype": "float32"}
+    if "dn_scale" in spec:  # reflectance is delivered, and converted, as whole numbers
+        stored |= {"unit": "dn", "dtype": "uint16", "dn_offset": spec["dn_offset"]}
+        mean, std = (mean - spec["dn_offset"]) / spec["dn_scale"], std / spec["dn_scale"]
+    elif spec["unit"] == "uint8":
+        stored["dtype"] = "uint8"
+    if args.modality in SENSORS:
+        stored["sensor"] = args.modality
     schema = ShardSchema({args.modality: stored})
 
     def read(item: Item) -> Sample:
         noise = np.random.default_rng(item.payload).standard_normal((len(spec["bands"]), size, size), dtype=np.float32)
-        pixels = mean + 0.5 * std * np.abs(noise)
+        pixels = (mean + 0.5 * std * np.abs(noise)).astype(stored["dtype"])
         return Sample(item.id, item.id, {args.modality: Layer(pixels, gsd=spec["gsd"])})
 
     write_shards([Item(f"{index}", "made up", index) for index in range(count)], read, schema, folder, progress=False)

@@ -48,11 +48,13 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
     if not args.keep_all:
         pruning["modalities"] = {name: bands for name, bands in modalities.items() if name not in added}
     try:
-        model = load(model_class, args.model, **pruning, **config_fields)
+        model, message = load(model_class, args.model, **pruning, **config_fields)
         for name, like in added.items():
             model = add_modality(model, name, like)
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise Stop(f"{error}") from error
+    if message and not (args.from_scratch or args.convnet):
+        print(message)
     if args.from_scratch:
         config = model.config
         config.pruning = config.expert_statistics = None  # they tell of other weights
@@ -69,8 +71,9 @@ def build_model(model_class: type, args: ModelArguments, modalities: dict[str, l
     return model
 
 
-def load(model_class: type, name: str, **options):
-    """The pretrained model; of one that was fine-tuned, its head as well, unless that is for other labels.
+def load(model_class: type, name: str, **options) -> tuple[Any, str | None]:
+    """The pretrained model; of one that was fine-tuned, its head as well, unless that is for other labels. And what is
+    to be said of it.
 
     Raises:
         Stop: options under which other weights than those of the head do not fit.
@@ -82,10 +85,8 @@ def load(model_class: type, name: str, **options):
     if others := [key for key in unfit if not key.startswith(heads)]:
         raise Stop(f"These weights of {name} do not fit the configuration: {others[:5]}. Leave out --config_overrides.")
     if unfit:
-        print(f"The head of {name} is for another number of labels: a new one is trained.")
-    elif not info["missing_keys"]:
-        print(f"Going on with the head of {name}.")
-    return model
+        return model, f"The head of {name} is for another number of labels: a new one is trained."
+    return model, None if info["missing_keys"] else f"Going on with the head of {name}."
 
 
 def lora_config(model, args: ModelArguments):

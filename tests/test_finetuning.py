@@ -637,6 +637,10 @@ class TestWhatIsTrained:
         assert all(torch.equal(third[name], value) for name, value in weights_of(first).items() if "mapex." in name)
         with pytest.raises(command_line.Stop, match=r"do not fit the configuration: \['mapex\..*--config_overrides"):
             run(options, tmp_path / "fourth", "crop", **changes, config_overrides={"intermediate_size": 48})
+        capsys.readouterr()
+        run(options, tmp_path / "fifth", "crop", **changes, from_scratch=True)
+        assert "Going on" not in capsys.readouterr().out
+        assert not torch.equal(weights[0], weights_of(tmp_path / "fifth")["classifier.weight"])
 
     @pytest.mark.parametrize("method", ["frozen", "lora"])
     def test_a_sensor_that_the_model_lacks(self, options, tmp_path, method):

@@ -591,7 +591,7 @@ class TestUnprune:
             assert bool((merged.mapex.layernorm.weight == 3.0).all())
             assert torch.equal(merged.decoder.embed.weight, full.decoder.embed.weight)
         whole = unprune(models[MapexModel], small)
-        assert float(whole.layernorm.weight.mean()) == 3.0
+        assert bool((whole.layernorm.weight == 3.0).all())
 
     def test_refused(self, models):
         full = models[MapexModel]
