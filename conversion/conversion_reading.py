@@ -147,7 +147,6 @@ def read_raster(
     path: str | Path,
     bands: Sequence[int] | None = None,
     window: Window | None = None,
-    out_shape: tuple[int, int] | None = None,
     gsd: float | None = None,
 ) -> Layer:
     """The pixels of a raster file as they are, and where they lie.
@@ -156,9 +155,7 @@ def read_raster(
         path (`str`): A file that GDAL reads.
         bands (`Sequence[int]`, *optional*): Channels, counted from 1. Default: all.
         window (`Window`, *optional*): Only this piece.
-        out_shape (`tuple[int, int]`, *optional*): Height and width to bring the piece to, by repeating the nearest
-            pixel.
-        gsd (`float`, *optional*): Metres per pixel (of the file's own) where the file has no coordinate system.
+        gsd (`float`, *optional*): Metres per pixel where the file has no coordinate system.
 
     Returns:
         [`Layer`]: `pixels` of shape `(channels, height, width)`; transform and gsd are those of the piece.
@@ -186,9 +183,7 @@ def read_raster(
                     piece = rasterio.windows.Window(left, top, columns, rows)
                     a, b, c, d, e, f = transform
                     transform = (a, b, c + a * left + b * top, d, e, f + d * left + e * top)
-                    height, width = rows, columns
-                shape = None if out_shape in (None, (height, width)) else (len(bands or range(count)), *out_shape)
-                pixels = raster.read(bands, window=piece, out_shape=shape)  # (C, H, W)
+                pixels = raster.read(bands, window=piece)  # (C, H, W)
     except (RasterioError, struct.error) as error:
         raise OSError(f"{path}: {_last_cause(error)}") from error
     referenced = crs is not None and transform != _IDENTITY
@@ -198,12 +193,7 @@ def read_raster(
             "add the georeference to the file (`gdal_edit.py -a_srs ... -a_ullr ...`)."
         )
     if not referenced:
-        scale = 1.0 if shape is None else math.sqrt(height * width / (shape[1] * shape[2]))
-        return Layer(pixels, None, None, gsd * scale)
-    if shape is not None:
-        a, b, c, d, e, f = transform
-        down, right = height / shape[1], width / shape[2]
-        transform = (a * right, b * down, c, d * right, e * down, f)
+        return Layer(pixels, None, None, gsd)
     facts = _describe_crs(crs.wkt)
     try:
         metres = _resolution(facts, transform, *pixels.shape[1:])
@@ -266,12 +256,12 @@ def present(layer: Layer, nodata: Any = None) -> Layer | None:
 
     Args:
         layer ([`Layer`]): As read.
-        nodata (number or a list of them, *optional*): Values of pixels without data; NaN always is one.
+        nodata (number or a list of them, *optional*): Values of pixels without data; NaN and infinities are some too.
     """
     values = [] if nodata is None else np.atleast_1d(nodata).tolist()
     for channel in layer.pixels:  # almost always, the first pixels of the first channel decide
         for rows in (channel[:8], channel[8:]):
-            holes = rows != rows if rows.dtype.kind == "f" else np.zeros(rows.shape, bool)
+            holes = ~np.isfinite(rows) if rows.dtype.kind == "f" else np.zeros(rows.shape, bool)
             for value in values:
                 holes |= rows == value
             if not holes.all():

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from conversion_common import ConversionArguments, Plan, Source, run, source_folder
-from conversion_reading import check_same_ground, missing_file, present, read_header, read_raster, read_size
+from conversion_reading import Window, check_same_ground, missing_file, present, read_header, read_raster, read_size
 from conversion_yaml import check_keys, check_sensor, check_values, class_names, load_sections
 
 from modeling_mapex import SENSORS
@@ -101,7 +101,7 @@ def find_files(source: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(source, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = Path(folder).relative_to(source)
-        yield from ((relative / name).as_posix() for name in files)
+        yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
 
 
 def find_samples(source: Path, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
@@ -129,19 +129,29 @@ def find_samples(source: Path, layers: dict[str, dict[str, Any]]) -> dict[str, d
     return {id: {name: files[name] for name in layers if name in files} for id, files in sorted(samples.items())}
 
 
-def read_layer(path: str, spec: dict[str, Any], window=None) -> Layer:
+def read_layer(path: str, spec: dict[str, Any], window: Window | None = None) -> Layer:
     return read_raster(path, spec.get("channels"), window, gsd=spec.get("gsd"))
 
 
 def first_readable(files: list[str], spec: dict[str, Any]) -> tuple[Layer, Any]:
-    """The layer of the first file that can be read, and its nodata value: they stand for all."""
+    """The middle of the layer of the first file that can be read, and its nodata value: they stand for all."""
     failure = None
     for file in files:
         try:
-            return read_layer(file, spec), read_header(file).nodata
+            height, width, nodata = read_header(file)
+            # Symmetric, for in degrees the resolution depends on where the middle is; and a file may be large.
+            middle = Window((height - 1) // 2, (width - 1) // 2, 2 - height % 2, 2 - width % 2, (height, width))
+            return read_layer(file, spec, middle), nodata
         except (OSError, ValueError) as error:
             failure = failure or error
     raise ValueError(f"Not one file that matches {spec['pattern']} can be read; the first: {failure}")
+
+
+def numbers_of(nodata: Any) -> Any:
+    """Values that mark missing data, one or a list, without NaN, which does so anyway; `None` if that is all."""
+    if isinstance(nodata, list):
+        return [value for value in nodata if not np.isnan(value)] or None
+    return None if nodata is None or np.isnan(nodata) else nodata
 
 
 def describe(description: dict[str, Any], samples: dict[str, dict[str, str]]) -> ShardSchema:
@@ -165,8 +175,8 @@ def describe(description: dict[str, Any], samples: dict[str, dict[str, str]]) ->
             nodata = spec["nodata"]
         elif nodata is None and sensor is not None:
             nodata = list(sensor.nodata) or None
-        if nodata is not None and not np.isnan(nodata).any():  # NaN means that anyway
-            entry["nodata"] = nodata
+        if (numbers := numbers_of(nodata)) is not None:
+            entry["nodata"] = numbers
         modalities[name] = entry
     for name, spec in description["labels"].items():
         entry = {key: spec[key] for key in ("kind", "names", "ignore_index", "unit", "nodata") if key in spec}
@@ -178,10 +188,12 @@ def describe(description: dict[str, Any], samples: dict[str, dict[str, str]]) ->
         elif not found[name]:
             raise ValueError(f"No file matches {spec['pattern']}: leave the optional `{name}` out of the description.")
         else:
-            layer, _ = first_readable(found[name], spec)
+            layer, nodata = first_readable(found[name], spec)
             if len(layer.pixels) != 1:
                 raise ValueError(f"{found[name][0]} has {len(layer.pixels)} channels: pick one, like `channels: [1]`.")
             entry["dtype"] = str(layer.pixels.dtype)
+            if spec["kind"] == "map" and numbers_of(nodata) is not None:
+                entry.setdefault("nodata", nodata)
         labels[name] = entry
     return ShardSchema(modalities, labels, title=str(description.get("title", "")))
 

@@ -102,7 +102,7 @@ def describe(description: dict[str, Any], path: str) -> tuple[ShardSchema, int]:
         sensor = SENSORS.get(spec.get("sensor", name))
         if "nodata" not in spec and sensor is not None and sensor.nodata:
             entry["nodata"] = list(sensor.nodata)
-        modalities[name] = entry | {"gsd": float(spec["gsd"]), "dtype": str(array.dtype)}
+        modalities[name] = entry | {"gsd": float(spec["gsd"]), "dtype": str(array.dtype.newbyteorder("="))}
         lengths[spec["array"]] = len(array)
     for name, spec in description["labels"].items():
         array = load_array(path, spec["array"])
@@ -111,7 +111,7 @@ def describe(description: dict[str, Any], path: str) -> tuple[ShardSchema, int]:
         if "names_array" in spec:
             entry["names"] = [str(text) for text in load_array(path, spec["names_array"])]
         if spec["kind"] in ("mask", "map"):
-            entry["dtype"] = str(array.dtype)
+            entry["dtype"] = str(array.dtype.newbyteorder("="))
             if array.ndim != (4 if "channel" in spec else 3):
                 raise ValueError(f"{where} is not (samples, height, width); for one channel of more, give `channel`.")
         elif spec["kind"] == "multi_label" and array.shape[1:] != (len(entry["names"]),):

@@ -49,7 +49,7 @@ def draw_sheet(args: argparse.Namespace, total: int) -> None:
         plot_samples(chosen, stream.schema.labels).savefig(args.sheet, dpi=110)
     except ImportError as error:
         sys.exit(f"error: a sheet needs matplotlib: pip install matplotlib ({error})")
-    print(f"\n{len(chosen)} chips: {args.sheet}")
+    print(f"\n{len(chosen)} chips: {args.sheet}", file=sys.stderr if args.json else sys.stdout)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from command_line import Stop, parse_arguments
-from run_pretraining import DataArguments, held_out_samples, usable_modalities
+from run_pretraining import DataArguments, held_out_samples, to_batches, usable_modalities
 from tqdm import tqdm
 
 from modeling_mapex import MapexForPreTraining
@@ -91,7 +92,7 @@ class Errors:
             part = batch if name is None else alone(batch, name)
             for mask in range(self.masks if part else 0):
                 generator = torch.Generator(model.device).manual_seed(1000 * index + mask)
-                sums = model(**part, generator=generator, **options).sums
+                sums = model(**send_to_device(part, model.device), generator=generator, **options).sums
                 total = sums if total is None else total + sums
         if total is None:
             return {}
@@ -108,7 +109,8 @@ def evaluate_model(
     model.calibrate_experts(parts, subset_errors=config.num_experts <= 8)
     measured = config.expert_statistics
     errors = Errors(model, test, args.masks)
-    names = [name for name in measured if name in errors.of(name)]
+    full = {name: errors.of(name) for name in measured}
+    names = [name for name in measured if name in full[name]]
     if unmeasured := [name for name in config.modalities if name not in names]:
         print(f"Not evaluated, since the held-out samples hide no patch of them: {unmeasured}.")
     layers = []
@@ -134,10 +136,9 @@ def evaluate_model(
     criteria = [name for name in CRITERIA if name != "exhaustive" or config.num_experts <= 8]
     alone_results, cross = {}, {}
     for name in tqdm(names, desc="Pruning for each modality", unit="modality"):
-        full = errors.of(name)[name]
         with without_experts(model):
             without = errors.of(name)[name]
-        entry: dict[str, Any] = {"full": full, "without": without, "pruned": {}}
+        entry: dict[str, Any] = {"full": full[name][name], "without": without, "pruned": {}}
         for kept in KEPT:
             for criterion in criteria:
                 ids = plan_experts(config, [name], experts_per_layer=kept, criterion=criterion)
@@ -252,6 +253,8 @@ def main(args: EvaluationArguments, data_args: DataArguments) -> None:
             }
         except (OSError, ValueError) as error:
             raise Stop(f"{error}") from error
+        if useless := [source for source, usable in modalities.items() if not usable]:
+            raise Stop(f"{useless} hold nothing that {name} has ({list(model.config.modalities)}): leave them out.")
         samples = [sample for part in held_out_samples(data_args, modalities).values() for sample in part]
         collator = MapexCollator(
             MapexImageProcessor.from_config(model.config), crop_size=data_args.crop_size, group=True
@@ -263,8 +266,8 @@ def main(args: EvaluationArguments, data_args: DataArguments) -> None:
                 for sample in samples
                 if split_of_place(sample["place"], dict.fromkeys(halves, 0.5), data_args.split_seed + 1) == half
             ]
-            for start in range(0, len(chosen), args.batch_size):
-                batches += collator(chosen[start : start + args.batch_size])["groups"]
+            for batch in to_batches(chosen, collator, args.batch_size):
+                batches += batch["groups"]
         if not all(halves.values()):
             raise Stop("No held-out sample is left to calibrate or to test on: give more --sources or --held_out.")
         results.append(evaluate_model(model, halves["calibration"], halves["test"], args))

@@ -49,8 +49,9 @@ class Chips(Dataset):
         return self.__getitems__([int(index)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        if get_worker_info() is not None:  # Ctrl-C reaches all processes of a terminal: the one that trains decides
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if get_worker_info() is not None:  # a signal often reaches all processes of a job: the one that trains decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         columns = self.dataset[indices]
         samples = []
         for values in zip(*columns.values()):

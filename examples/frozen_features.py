@@ -108,9 +108,11 @@ class BandStatistics:
             columns.append(np.stack([self._of(image[:, mask].numpy()) for image, mask in zip(pixels, valid)]))
         return torch.from_numpy(np.concatenate(columns, axis=1)).float()
 
-    @staticmethod
-    def _of(pixels: np.ndarray) -> np.ndarray:
+    @classmethod
+    def _of(cls, pixels: np.ndarray) -> np.ndarray:
         """Of the valid pixels `(bands, pixels)` of a sample: `(bands * statistics,)`."""
+        if not pixels.shape[1]:  # of a crop beside others that have some
+            return np.zeros(len(pixels) * cls.per_band)
         measured = [pixels.mean(axis=1), pixels.std(axis=1), pixels.min(axis=1), pixels.max(axis=1)]
         return np.stack([*measured, *np.percentile(pixels, PERCENTILES, axis=1)], axis=1).flatten()
 

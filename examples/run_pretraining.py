@@ -226,7 +226,10 @@ def held_out_samples(args: DataArguments, modalities: dict[str, list[str]]) -> d
 
 
 def to_batches(samples: list[dict[str, Any]], collator: MapexCollator, size: int) -> list[dict[str, Any]]:
-    return [collator(samples[start : start + size]) for start in range(0, len(samples), size)]
+    try:
+        return [collator(samples[start : start + size]) for start in range(0, len(samples), size)]
+    except ValueError as error:  # of the samples, which are the user's
+        raise Stop(f"Cannot use the held-out data: {error}") from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -277,10 +280,11 @@ class Checkpoints:
     def save(self, step: int, loader: StatefulDataLoader, description: dict[str, Any]) -> None:
         """Write what the run needs to go on from `step`; not of weights that are no longer finite."""
         accelerator = self.accelerator
-        for parameter in self.model.parameters():
-            mine = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            if not torch.isfinite(mine).all():
-                raise Stop(f"The weights are no longer finite after step {step}. {self.advise()}")
+        parameters = list(self.model.parameters())
+        mine = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
+        finite = torch.stack([torch.isfinite(part).all() for part in mine if part.numel()]).all()
+        if not accelerator.gather(finite[None]).all():  # all processes end together
+            raise Stop(f"The weights are no longer finite after step {step}. {self.advise()}")
         unfinished = self.folder / "unfinished"
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -432,8 +436,11 @@ def interruptible(accelerator: Accelerator) -> Iterator[list[bool]]:
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the one that trains decides what becomes of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches all processes of a terminal, SIGTERM often all of a job: the one that trains decides, and its
+    readers end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def start(args: PretrainingArguments) -> Accelerator:
@@ -726,11 +733,11 @@ def finish(
     if batches:
         model.calibrate_experts(part for batch in batches for part in batch.get("groups", [batch]))
         lines = [json.loads(line) for line in log.file.read_text().splitlines()]
-        metrics = [line for line in lines if "evaluation/loss" in line][-1]
+        evaluated = [line for line in lines if "evaluation/loss" in line] or [{}]  # none if only calibrated
         model.training_record = {
             "metrics": {
                 name.removeprefix("evaluation/"): value
-                for name, value in metrics.items()
+                for name, value in evaluated[-1].items()
                 if name.startswith(("evaluation/reconstruction", "evaluation/normalized")) and "layer" not in name
             },
             "hyperparameters": {

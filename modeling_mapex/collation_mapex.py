@@ -31,7 +31,8 @@ class MapexCollator:
             Of a mask: the class of each code that is stored, `None` for pixels that do not count, which become
             `ignore_index`. Default: codes are classes.
         ignore_index (`int`): See `label_codes`; `config.semantic_loss_ignore_index` of the model.
-        label_nodata (`float`, *optional*): Of a map: the value that stands for none, which becomes NaN.
+        label_nodata (`float`, *optional*): Of a map: the value that stands for none, which becomes NaN; whole numbers
+            become float32.
         crop_size (`int`, *optional*): Cut samples to this side, in pixels of their finest layer. Where no modality has
             a valid pixel in the crop, another is drawn.
         flip (`bool`): Mirror and turn samples.
@@ -39,8 +40,8 @@ class MapexCollator:
         band_dropout (`float`): Probability of replacing a band by its mean.
         group (`bool`):
             For pretraining: instead of filling up to one shape, give `{"groups": [...]}`, batches whose samples have
-            the same modalities in the same sizes, which `MapexForPreTraining` trains on as one. Samples smaller than
-            `crop_size` stay whole.
+            the same modalities in the same sizes, which `MapexForPreTraining` trains on as one. Of samples smaller
+            than `crop_size` the largest square is taken.
         seed (`int`): Of all that is random.
 
     Raises (when called):
@@ -125,7 +126,7 @@ class MapexCollator:
         generator = self._generator(sample["id"], sample.get("epoch"))  # in a mixture each data set has its own epoch
         if self.crop_size is not None:
             size = self.crop_size
-            if self.group:  # samples of any size go together: small ones stay whole
+            if self.group:  # samples of any size go together
                 size = min(size, *(max(sides) for sides in zip(*layer_sizes(sample).values())))
             sample = self._crop(sample, size, generator)
         elif (whole := self._with_data(sample)) is not None:
@@ -167,7 +168,8 @@ class MapexCollator:
         keeps_size = not (height % spec.get("patch_size", 1) or width % spec.get("patch_size", 1))
         # To find out fast, as nearly all have: of an image that is not resized the pixel in the middle will do.
         some = pixels[:, height // 2, width // 2] if keeps_size else pixels
-        marked = any((some == value).any() for value in np.atleast_1d(sentinels))
+        # Python's numbers are compared in the precision of the pixels, numpy's in their own.
+        marked = any((some == value).any() for value in np.atleast_1d(sentinels).tolist())
         if np.isfinite(some).all() and not marked and sensor["unit"] != "linear":
             return True
         try:
@@ -213,7 +215,8 @@ class MapexCollator:
             stacked = self._to_classes(stacked, samples)
         stacked = stacked.astype(_label_dtype(values[0]))
         if self.label_nodata is not None:
-            stacked = np.where(stacked == np.float32(self.label_nodata), np.float32(np.nan), stacked)
+            stacked = stacked.astype(np.float32)
+            stacked[stacked == np.float32(self.label_nodata)] = np.nan
         return torch.from_numpy(stacked)
 
     def _to_classes(self, codes: np.ndarray, samples: list[dict[str, Any]]) -> np.ndarray:

@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .shards_mapex import ShardSchema, shard_files
+from .shards_mapex import ShardSchema, check_number, shard_files
+
+
+# With as many readers as shards, each has one shard, in every epoch another, and `places` may leave out all of one: in
+# so many epochs in a row a reader may come away empty.
+_EPOCHS = 30
 
 
 def _locate(source: str | os.PathLike, split: str, revision: str | None, token: str | None) -> list[str]:
@@ -25,13 +30,19 @@ def _locate(source: str | os.PathLike, split: str, revision: str | None, token: 
     from huggingface_hub import HfFileSystem
     from huggingface_hub.utils import httpx
 
-    pattern = f"datasets/{source}{f'@{revision}' if revision else ''}/**/{split}-*-of-*.parquet"
+    pattern = f"datasets/{source}{f'@{revision}' if revision else ''}/**/{split}-[0-9]*-of-[0-9]*.parquet"
     try:
         found = sorted(HfFileSystem(token=token).glob(pattern))
     except httpx.TransportError as error:  # no OSError, as one would expect of a network
         raise ConnectionError(f"Cannot reach the Hub for the data set `{source}`: {error}. Try again later.") from error
     if not found:
         raise FileNotFoundError(f"No shards of the split `{split}` in the data set `{source}` on the Hub.")
+    folders: dict[str, list[str]] = {}
+    for path in found:
+        folder, name = path.rsplit("/", 1)
+        folders.setdefault(folder, []).append(name)
+    for folder, names in folders.items():
+        check_number(names, split, f"{folder} on the Hub")
     return [f"hf://{path}" for path in found]
 
 
@@ -226,6 +237,8 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for row in self.dataset:
             yield self.schema.decode(row)
+        # `datasets` would begin where it was resumed again, as long as its own number of the epoch stays the same.
+        self.dataset.load_state_dict(None)
 
     @property
     def num_shards(self) -> int:
@@ -296,12 +309,14 @@ class MixedShardStream(IterableDataset):
             name = mine[min(int(np.searchsorted(bounds, draw, side="right")), len(mine) - 1)]
             stream = self.streams[name]
             sample = next(iterators[name], None)
-            if sample is None:
+            for _ in range(1 if stream.window.seed is None else _EPOCHS):
+                if sample is not None:
+                    break
                 stream.set_epoch(int(stream.window.epoch) + 1)
                 iterators[name] = iter(stream)
                 sample = next(iterators[name], None)
-                if sample is None:
-                    raise ValueError(f"`{name}` has no samples for this process: check its shards, places and share.")
+            if sample is None:
+                raise ValueError(f"`{name}` has no samples for this process: check its shards, places and share.")
             self._drawn += 1
             yield {**sample, "epoch": int(stream.window.epoch)}
 

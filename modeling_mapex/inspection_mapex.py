@@ -83,6 +83,9 @@ def validate_shards(source: str | os.PathLike, split: str = "train") -> list[str
             if set(pq.read_schema(path).names) != expected:
                 problems.append(f"{path.name}: its columns are not those that its description says")
                 continue
+            if not pq.read_metadata(path).num_rows:
+                problems.append(f"{path.name}: holds not one sample, which readers cannot read: convert it again")
+                continue
             for row in _rows([path], None, pq):
                 where = f"{path.name}: {row['id']}"
                 if row["id"] in seen:
@@ -107,7 +110,7 @@ def _check_row(schema: ShardSchema, row: dict[str, Any]) -> None:
         if not (sample["gsd"][name] or 0) > 0:
             raise ValueError(f"`{name}` has a gsd of {sample['gsd'][name]}")
         holes = ~np.isfinite(pixels) if pixels.dtype.kind == "f" else np.zeros(pixels.shape, bool)
-        for value in np.atleast_1d(schema.modalities[name].get("nodata", [])):
+        for value in np.atleast_1d(schema.modalities[name].get("nodata", [])).tolist():
             holes |= pixels == value
         if holes.all():
             raise ValueError(f"`{name}` has not one valid pixel: it should be stored as missing")

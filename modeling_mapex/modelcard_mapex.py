@@ -135,6 +135,7 @@ def model_card(
 
 def _head(config, class_name: str, record: dict[str, Any] | None, tags: list[str]) -> ModelCardData:
     own = dict(config.card_data or {})
+    own |= {key: [own[key]] for key in ("tags", "datasets") if isinstance(own.get(key), str)}
     standard = ["mapex", "remote-sensing", "earth-observation", "multi-modal", "mixture-of-experts", *config.modalities]
     fields = {
         "library_name": "transformers",

@@ -251,6 +251,8 @@ class ShardSchema:
     def decode_batch(self, rows: dict[str, list]) -> dict[str, list]:
         """As [`ShardSchema.decode`] for columns of rows: the transform of a map-style `datasets.Dataset`."""
         count = len(rows["id"])
+        if not count:
+            return {}
         samples = [self.decode({key: column[index] for key, column in rows.items()}) for index in range(count)]
         return {key: [sample[key] for sample in samples] for key in samples[0]}
 
@@ -282,10 +284,15 @@ def shard_files(source: str | os.PathLike, split: str = "train", *, required: bo
         raise FileNotFoundError(
             f"No shards of the split `{split}` in {source}. Splits there: {others or 'none'}.{begun}"
         )
-    total = int(files[0].stem.rsplit("-", 1)[1])
-    if len(files) != total:
-        raise FileNotFoundError(f"The split `{split}` in {source} has {len(files)} of its {total} shards.")
+    check_number([path.name for path in files], split, str(source))
     return files
+
+
+def check_number(names: Sequence[str], split: str, where: str) -> None:
+    """Raise `FileNotFoundError` unless these names of shards are as many as they say that there are."""
+    total = int(names[0].removesuffix(".parquet").rsplit("-", 1)[1])
+    if len(names) != total:
+        raise FileNotFoundError(f"The split `{split}` in {where} has {len(names)} of its {total} shards.")
 
 
 def mask_names(spec: dict[str, Any]) -> dict[int, str]:

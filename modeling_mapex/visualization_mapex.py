@@ -163,8 +163,9 @@ def plot_samples(samples: list[dict[str, Any]], labels: dict[str, dict[str, Any]
     legend = []
     for column, name in zip(axes.T, columns):
         layers = [sample["labels"].get(name) if name in maps else sample["images"][name] for sample in samples]
-        codes = np.unique(np.concatenate([layer.ravel() for layer in layers if layer is not None] or [[0]]))
         mask = name in maps and labels[name]["kind"] == "mask"
+        there = [layer.ravel() for layer in layers if layer is not None and mask]
+        codes = np.unique(np.concatenate(there or [[0]]))
         for axis, layer, sample in zip(column, layers, samples):
             axis.set_xticks([])
             axis.set_yticks([])
@@ -206,7 +207,7 @@ def _stored_picture(sensor: dict[str, Any], name: str, pixels: np.ndarray) -> np
     if sensor["unit"] == "class":
         return pixels[0]
     values = torch.from_numpy(pixels.astype(np.float32))
-    for sentinel in np.atleast_1d(sensor.get("nodata", [])):
+    for sentinel in np.atleast_1d(sensor.get("nodata", [])).tolist():
         values[values == sentinel] = torch.nan
     positions = _stored_bands(sensor, name)
     limits = stretch_limits(values, positions)

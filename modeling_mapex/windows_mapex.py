@@ -127,12 +127,12 @@ def _spans(
     lengths = _window(sides, finest, patches, window_size)
     window = lengths[finest]
     stride = window // 2 if stride is None else stride
-    layers = {**sides, None: output_side}
-    scales = {name: other / side for name, other in layers.items()}  # pixels for one of the finest
-    lengths[None] = output_side if window == side else max(round(window * scales[None]), 1)
+    scales = {name: other / side for name, other in sides.items()}  # pixels for one of the finest
+    lengths[None] = math.ceil(window * output_side / side)
     spans = []
     for first in [*range(0, side - window, max(stride, 1)), side - window]:
-        starts = {name: min(round(first * scale), layers[name] - lengths[name]) for name, scale in scales.items()}
+        starts = {name: min(round(first * scale), sides[name] - lengths[name]) for name, scale in scales.items()}
+        starts[None] = first * output_side // side  # down, as lengths are rounded up: no pixel between two windows
         spans.append({name: slice(start, start + lengths[name]) for name, start in starts.items()})
     return spans
 

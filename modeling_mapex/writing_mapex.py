@@ -108,14 +108,21 @@ def write_shards(
         shutil.rmtree(partial, ignore_errors=True)
     fresh = not partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
+    spans = [(0, len(items), None)]
     if resume and fresh:
         for index, path in enumerate(finished):
             _link(path, partial / f"{index:05d}.parquet")
     elif resume:
         _take_back(output, split, partial)
+    if resume:
+        try:
+            spans = _plan(items, partial, schema)
+        except ValueError:
+            if fresh:  # links to shards that stay as they are
+                shutil.rmtree(partial)
+            raise
 
     writer = _ShardWriter(partial, schema, shard_bytes)
-    spans = _plan(items, partial, schema) if resume else [(0, len(items), None)]
     reused, failures, written = 0, [], 0
     seen: set[str] = set()
     bar = _progress_bar(len(items), f"{split}") if progress else None
@@ -295,13 +302,14 @@ class _ShardWriter:
         self.made_of["failed"].append([item.source, error])
 
     def add(self, item: Item, row: dict, keep_open: bool) -> None:
+        # Only now: if all items that follow a full shard fail, none is begun for them alone, without a row.
+        if self.file_bytes >= self.shard_bytes and not keep_open:
+            self.close_shard()
         self.made_of["ids"].append(item.id)
         self.rows.append(row)
         self.row_bytes += sum(len(row[name]) for name in self.pixels if row[name] is not None)
         if self.row_bytes >= _ROW_GROUP_BYTES:
             self._write_row_group()
-        if self.file_bytes >= self.shard_bytes and not keep_open:
-            self.close_shard()
 
     def _write_row_group(self) -> None:
         import pyarrow as pa

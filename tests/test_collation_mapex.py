@@ -154,6 +154,13 @@ class TestPixelsWithoutData:
         for name, pixels in batch["pixel_values"].items():
             assert torch.equal(pixels, expected["pixel_values"][name])
 
+    @pytest.mark.parametrize("value", [-9999.0, -999.9, 1e20, float(np.finfo(np.float32).min)])
+    def test_nodata_in_the_precision_of_the_pixels(self, processor, samples, value):
+        radar = np.full((2, 24, 24), value, dtype=np.float32)
+        sensors = {**samples[0]["sensors"], "s1": {**samples[0]["sensors"]["s1"], "nodata": value}}
+        empty = {**samples[0], "sensors": sensors, "images": {**samples[0]["images"], "s1": radar}}
+        assert "s1" not in MapexCollator(processor)([empty])["pixel_values"]
+
     def test_crops_of_whole_samples_are_as_ever(self, processor, samples):
         """The look for data draws nothing: a crop is that of `random_crop` by the same seed."""
         collate = MapexCollator(processor, crop_size=12, label="biomass", seed=3)
@@ -316,3 +323,6 @@ class TestLabelValues:
         assert labels.dtype == torch.float32
         assert torch.isnan(labels).nonzero().tolist() == [[1, 3, 4]]
         assert np.array_equal(np.delete(labels.numpy(), 24 * 24 + 3 * 24 + 4), np.delete(stored, 24 * 24 + 3 * 24 + 4))
+        whole = {**samples[0], "labels": {"biomass": np.array([[-1, 7]], dtype=np.int16)}}
+        labels = MapexCollator(processor, label="biomass", label_nodata=-1)([whole])["labels"]
+        assert labels.dtype == torch.float32 and labels.isnan().tolist() == [[[True, False]]] and labels[0, 0, 1] == 7

@@ -125,6 +125,10 @@ def test_resume(shards, seed, epoch, stop):
     resumed = stream_shards(shards(5), seed=seed, window=16)
     resumed.load_state_dict(state)
     assert seen + ids(resumed) == whole
+    for later in (epoch + 1, epoch + 2):
+        for each in (stream, resumed):
+            each.set_epoch(later)
+        assert ids(resumed) == ids(stream) and sorted(ids(resumed)) == sorted(ALL)
 
 
 @pytest.mark.parametrize("number", [3, 4, 8])
@@ -223,6 +227,21 @@ def test_mixture_resumes_with_workers(shards, workers):
         assert 0.2 < share < 0.6
 
 
+@pytest.mark.parametrize("rank", range(3))
+def test_mixture_goes_on_where_a_reader_has_nothing_in_an_epoch(tmp_path, monkeypatch, rank):
+    """Of three shards the last holds a single sample, of a place that is left out: each epoch another reader's."""
+    monkeypatch.setattr(writing_mapex, "_ROW_GROUP_BYTES", 1000)
+    size = sum(len(value) for value in SCHEMA.encode(read(items(1)[0])).values() if isinstance(value, bytes))
+    few = items(11)
+    assert len(write_shards(few, read, SCHEMA, tmp_path, shard_bytes=4 * size, progress=False).shards) == 3
+    options = {"seed": 3, "window": 4, "rank": rank, "world_size": 3}
+    stream = stream_shards(tmp_path, places=lambda place: place != "place-2", **options)
+    seen = drawn(islice(MixedShardStream({"a": stream}), 60))
+    assert {name for _, name in seen} == {f"chip-{index}" for index in range(10)}
+    epochs = sorted({epoch for epoch, _ in seen})
+    assert epochs != list(range(epochs[-1] + 1)), "some epoch held nothing"
+
+
 def test_mixture_refuses(shards):
     stream = stream_shards(shards(1))
     with pytest.raises(ValueError, match="do not belong"):
@@ -278,7 +297,7 @@ def test_from_the_hub(shards, tmp_path):
         print([sample["id"] for sample in load_shards("me/chips", cache_dir="cache")])
         stream = stream_shards("me/chips", modalities=["dem"], labels=[], revision="v1.0")
         print([int(sample["images"]["dem"].sum()) for sample in stream])
-        for source, split in (("me/chips", "val"), ("me/other", "train")):
+        for source, split in (("me/chips", "val"), ("me/other", "train"), ("me/part", "train")):
             try:
                 stream_shards(source, split)
             except FileNotFoundError as error:
@@ -288,12 +307,14 @@ def test_from_the_hub(shards, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         commit = hub.put("me/chips", {file.name: file.read_bytes() for file in shards(5).iterdir()}, kind="dataset")
         hub.repository("me/chips", "dataset").tags["v1.0"] = commit
+        hub.put("me/part", {file.name: file.read_bytes() for file in list(shards(5).iterdir())[1:]}, kind="dataset")
         output = run_python(script, tmp_path, {**hub.environment(tmp_path / "home"), "PYTHONUNBUFFERED": "1"})
-    shuffled, mapped, elevations, no_split, no_repo = output.splitlines()
+    shuffled, mapped, elevations, no_split, no_repo, not_whole = output.splitlines()
     assert shuffled == str(ids(stream_shards(shards(5), seed=3, window=16))) and mapped == str(ALL)
     assert elevations == str([int(make_sample(index).images["dem"].pixels.sum()) for index in range(COUNT)])
     assert no_split == "No shards of the split `val` in the data set `me/chips` on the Hub."
     assert "me/other" in no_repo
+    assert not_whole == "The split `train` in datasets/me/part on the Hub has 4 of its 5 shards."
 
 
 def test_memory_stays_flat_as_a_shard_grows(tmp_path):

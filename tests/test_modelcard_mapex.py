@@ -49,6 +49,15 @@ class TestContent:
         data = card_of(classifier, tmp_path / "classifier").data
         assert (data.pipeline_tag, data.license, data.eval_results) == ("image-classification", None, None)
 
+    def test_names_alone_are_lists_of_one(self, tmp_path):
+        config = tiny_config()
+        config.card_data = {"datasets": "me/flood", "tags": "flood"}
+        model = MapexForImageClassification(config)
+        model.training_record = {"metrics": {"accuracy": 0.5}, "hyperparameters": {}}
+        data = card_of(model, tmp_path).data
+        assert data.datasets == ["me/flood"] and data.eval_results[0].dataset_name == "me/flood"
+        assert "flood" in data.tags and "f" not in data.tags
+
     def test_inputs(self, tmp_path):
         config = MapexConfig.from_preset("nano", ["s1", "dem"], num_hidden_layers=2, hidden_size=32)
         rows = tables(card_of(MapexModel(config), tmp_path).text)["modality"]

@@ -169,6 +169,17 @@ class TestWriting:
         assert [sample["id"] for sample in decoded(tmp_path)] == [f"chip-{index}" for index in (0, 1, 2, 4, 5, 6, 7)]
         assert validate_shards(tmp_path) == []
 
+    def test_all_that_follow_a_full_shard_fail(self, tmp_path):
+        """No shard is begun for them that would hold nothing; mended, they are read into one."""
+        full = pq.read_metadata(write(tmp_path / "first", shard_bytes=20_000).shards[0]).num_rows
+        some = items(full + 3)
+        broken = [item if item.payload < full else item._replace(payload="broken") for item in some]
+        report = write_shards(broken, read, SCHEMA, tmp_path / "a", shard_bytes=20_000, progress=False)
+        assert len(report.shards) == 1 and len(report.failures) == 3
+        assert [sample["id"] for sample in decoded(tmp_path / "a")] == [item.id for item in some[:full]]
+        write_shards(some, read, SCHEMA, tmp_path / "a", shard_bytes=20_000, resume=True, progress=False)
+        assert [sample["id"] for sample in decoded(tmp_path / "a")] == [item.id for item in some]
+
     def test_nothing_that_can_be_read(self, tmp_path):
         report = write_shards([Item("a", "a.tif", "broken")], read, SCHEMA, tmp_path / "new", progress=False)
         assert (report.written, report.exit_code) == (0, 2)
@@ -207,7 +218,7 @@ class TestWriting:
             write_shards(items(5)[2:], read, SCHEMA, tmp_path, resume=True, progress=False)
         with pytest.raises(ValueError, match="with another description"):
             write_shards(items(3), read, SCHEMA.select(["s2"]), tmp_path, resume=True, progress=False)
-        assert contents(tmp_path) == before
+        assert contents(tmp_path) == before and not list(tmp_path.glob(".*"))
         write(tmp_path, count=3, split="val")
         assert set(before) < set(contents(tmp_path))
 
@@ -305,6 +316,19 @@ class TestInspection:
         ):
             assert message in problems[index]
         assert len(problems) == 5
+
+    def test_values_that_mark_missing_data_in_the_precision_of_the_pixels(self, tmp_path):
+        spec = {"bands": ["VV"], "unit": "db", "gsd": 10.0, "dtype": "float32", "nodata": [-999.9, 1e20]}
+        pixels = np.array([[[-999.9, 1e20]]], dtype=np.float32)
+        make = lambda item: Sample("a", "p", {"s1": Layer(pixels)})  # noqa: E731
+        write_shards([Item("a", "a", 0)], make, ShardSchema({"s1": spec}), tmp_path, progress=False)
+        assert "has not one valid pixel" in validate_shards(tmp_path)[0]
+
+    def test_a_shard_without_samples(self, tmp_path):
+        report = write(tmp_path)
+        pq.write_table(pq.read_table(report.shards[1])[:0], report.shards[1])
+        (problem,) = validate_shards(tmp_path)
+        assert problem.startswith(f"{report.shards[1].name}: holds not one sample")
 
     def test_damaged_and_missing_files(self, tmp_path):
         report = write(tmp_path)

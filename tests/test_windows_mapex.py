@@ -78,8 +78,15 @@ def test_size_of_the_map_and_last_windows():
         torch.testing.assert_close(result[..., :part, :part], expected[..., :part, :part], rtol=1e-4, atol=1e-4)
     odd = model.predict_map(pixels, window_size=16, output_size=(33, 41))
     with torch.no_grad():
-        expected = model(window(pixels, 0, 0, 16), output_size=(16, 16)).logits
+        expected = model(window(pixels, 0, 0, 16), output_size=(17, 17)).logits
     torch.testing.assert_close(odd[..., :8, :8], expected[..., :8, :8], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", range(17, 96, 3))
+def test_windows_side_by_side_leave_no_gap_in_a_map_of_any_size(side):
+    spans = _spans({"s1": 64}, "s1", {"s1": 8}, side, 16, 16)
+    covered = {pixel for part in spans for pixel in range(part[None].start, part[None].stop)}
+    assert covered == set(range(side)) and len({part[None].stop - part[None].start for part in spans}) == 1
 
 
 @pytest.mark.parametrize("rows", [33, 34, 35])
