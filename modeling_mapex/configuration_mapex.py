@@ -125,6 +125,9 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
         dense_num_frequencies (`int`):
             Of the sines and cosines of elevations (modalities whose `unit` is metres) that the decoder of maps reads
             beside them, see [`fourier_features`].
+        dense_normalization (`str`):
+            In the convolutions of the decoder of maps: `"layer"`, of each pixel over its channels, or `"batch"`, of
+            each channel over the batch.
         dense_window_metres (`float`, *optional*):
             Side of the windows in which `predict_map` reads an image: that of the images in training, or of the crops
             of them. Default: the whole image at once.
@@ -225,6 +228,7 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
     dense_hidden_size: int | None = None
     dense_num_stages: int = 3
     dense_num_frequencies: int = 8
+    dense_normalization: Literal["layer", "batch"] = "layer"
     dense_window_metres: float | int | None = None
     semantic_loss_ignore_index: int = 255
     class_weights: list[float | int] | None = None

@@ -1469,18 +1469,25 @@ class MapexForImageClassification(MapexPreTrainedModel):
 
 
 class MapexConvolution(nn.Module):
-    """3 x 3 convolution, normalisation of each pixel over its channels, activation. Not over the image: whether a pixel
-    is water must not depend on how much of it there is elsewhere.
+    """3 x 3 convolution, normalisation, activation. Normalised is each pixel over its channels, or each channel over
+    the batch, after training by its running statistics. Not over the image: whether a pixel is water must not depend on
+    how much of it there is elsewhere.
     """
 
     def __init__(self, config: MapexConfig, in_channels: int, out_channels: int):
         super().__init__()
         self.convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.layernorm = nn.LayerNorm(out_channels, eps=config.layer_norm_eps)
+        if config.dense_normalization == "batch":
+            self.batchnorm = nn.BatchNorm2d(out_channels)
+        else:
+            self.layernorm = nn.LayerNorm(out_channels, eps=config.layer_norm_eps)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        features = self.convolution(features).permute(0, 2, 3, 1)  # (B, H, W, C)
+        features = self.convolution(features)
+        if hasattr(self, "batchnorm"):
+            return self.act_fn(self.batchnorm(features))
+        features = features.permute(0, 2, 3, 1)  # (B, H, W, C)
         return self.act_fn(self.layernorm(features)).permute(0, 3, 1, 2)
 
 

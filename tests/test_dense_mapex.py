@@ -13,7 +13,13 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from modeling_mapex import MapexBackbone, MapexForPixelRegression, MapexForPreTraining, MapexForSemanticSegmentation
+from modeling_mapex import (
+    MapexBackbone,
+    MapexForPixelRegression,
+    MapexForPreTraining,
+    MapexForSemanticSegmentation,
+    unprune,
+)
 from modeling_mapex.dense_mapex import fourier_features, fuse_maps, ground_extent, reference_modality
 from modeling_mapex.tokens_mapex import token_layout
 
@@ -279,6 +285,27 @@ class TestPruning:
         for name, tensor in expected.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor), name
         torch.testing.assert_close(predict(loaded, pixels), predict(expected, pixels))
+
+    def test_statistics_of_the_batch_travel_along(self, tmp_path):
+        """Normalised over the batch, the decoder has buffers: learnt in training, used afterwards, kept by all."""
+        model = tiny_model(dense_normalization="batch").train()
+        for _ in range(3):
+            model(inputs(), labels=torch.randint(0, 3, (3, 16, 16))).loss.backward()
+        statistics = {name: tensor for name, tensor in model.named_buffers() if "running" in name}
+        assert statistics and not any(tensor.eq(0).all() or tensor.eq(1).all() for tensor in statistics.values())
+        model.eval().calibrate_experts([{"pixel_values": inputs()}])
+        pixels = inputs(["radar"])
+        alone = predict(model, {"radar": pixels["radar"][:1]})
+        torch.testing.assert_close(predict(model, pixels)[:1], alone, rtol=1e-4, atol=1e-4)
+        small = model.prune_for_modalities(["radar"], experts_per_layer=4).build()
+        torch.testing.assert_close(predict(small, pixels), predict(model, pixels), rtol=1e-4, atol=1e-4)
+        model.save_pretrained(tmp_path, shard_by_modality=True)
+        loaded = MapexForSemanticSegmentation.from_pretrained(tmp_path, modalities=["radar"], experts_per_layer=4)
+        for name, tensor in small.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+        whole = unprune(model, small)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(whole.state_dict()[name], tensor), name
 
     def test_head_on_a_pretrained_encoder(self, tmp_path):
         source = randomize(MapexForPreTraining(tiny_config()))
