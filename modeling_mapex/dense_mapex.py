@@ -95,6 +95,7 @@ def fuse_maps(
     extents: dict[str, torch.Tensor],
     reference: str,
     size: tuple[int, int],
+    otherwise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean, at each place of a grid over the ground of `reference`, of the modalities that are present there.
 
@@ -104,9 +105,11 @@ def fuse_maps(
         extents (`dict[str, torch.Tensor]`): From [`ground_extent`].
         reference (`str`): Modality whose ground the result covers.
         size (`tuple[int, int]`): Rows and columns of the result.
+        otherwise (`torch.Tensor` of shape `(channels,)`, *optional*):
+            Features of places where no modality is present. Default: zero.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, channels, *size)`; zero where no modality is present.
+        `torch.Tensor` of shape `(batch_size, channels, *size)`
     """
     total, weight = 0.0, 0.0
     for name, features in maps.items():
@@ -114,11 +117,16 @@ def fuse_maps(
         ratio = extents[reference] / extents[name]  # (B or 1, 2), down and right
         values = _resample(torch.cat([features * there, there], dim=1), ratio, size, name == reference)
         total, weight = total + values[:, :-1], weight + values[:, -1:]
-    return total / weight.clamp_min(1e-6)
+    mean = total / weight.clamp_min(1e-6)
+    return mean if otherwise is None else torch.where(weight > 1e-6, mean, otherwise[:, None, None].to(mean))
 
 
 def fuse_tokens(
-    tokens: dict[str, torch.Tensor], layout: TokenLayout, extents: dict[str, torch.Tensor], reference: str
+    tokens: dict[str, torch.Tensor],
+    layout: TokenLayout,
+    extents: dict[str, torch.Tensor],
+    reference: str,
+    otherwise: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As [`fuse_maps`] on the grid of tokens of `reference`, for tokens `(batch_size, rows * columns, channels)` of
     each modality of `layout`.
@@ -131,7 +139,7 @@ def fuse_tokens(
         if layout.token_mask is not None:
             mask = layout.token_mask[:, None, part]
         present[name] = mask.unflatten(2, layout.grids[name])
-    return fuse_maps(maps, present, extents, reference, layout.grids[reference])
+    return fuse_maps(maps, present, extents, reference, layout.grids[reference], otherwise)
 
 
 def _resample(values: torch.Tensor, ratio: torch.Tensor, size: tuple[int, int], is_reference: bool) -> torch.Tensor:

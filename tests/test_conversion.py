@@ -358,6 +358,47 @@ def test_geotiff_folder(tmp_path):
     assert spec["planet"]["dtype"] == "uint16" and spec["s1"]["gsd"] == 10.0
 
 
+def test_missing_data_as_files_and_description_say(tmp_path):
+    """Of maps too what the files say; NaN in a list leaves the others; hidden files beside the images do not count."""
+    source = make_campaign(tmp_path / "source")
+    for name in ("north_1", "north_2"):
+        mass = pixels_of("float32", 1, 12, 16)
+        mass[0, 0, :3] = -5.0
+        write_raster(source / "agb" / f"{name}.tif", mass, nodata=-5.0)
+    write_raster(source / "s1" / "south_1.tif", np.full((2, 12, 16), np.inf, dtype=np.float32))
+    (source / "s1" / "._north_1.tif").write_bytes(b"of another system")
+    options = ("--description", source / "campaign.yaml")
+    for nodata, expected in (("[.nan, -9999]", [-9999]), (".nan", None), ("-3", -3)):
+        new = f"bands: [VV, VH], unit: db, nodata: {nodata}"
+        (source / "campaign.yaml").write_text(CAMPAIGN.replace("bands: [VV, VH], unit: db", new))
+        assert (
+            convert("geotiff_folder", source, tmp_path / "shards", *options, "--overwrite") == 1
+        )  # south has no pixel
+        schema = read_schema(tmp_path / "shards")
+        assert schema.modalities["s1"].get("nodata") == expected and schema.labels["biomass"]["nodata"] == -5.0
+        assert list(samples_of(tmp_path / "shards")) == ["north_1", "north_2"]
+
+
+def test_describing_reads_the_middle_of_a_file_only(tmp_path, monkeypatch):
+    """A mosaic may be larger than memory; in degrees its resolution is that of its middle."""
+    source = make_campaign(tmp_path / "source")
+    for name in ("north_1", "north_2", "south_1"):
+        for folder, dtype in (("s1", "float32"), ("labels", "int8")):
+            pixels = pixels_of(dtype, 2 if folder == "s1" else 1, 13, 16)
+            write_raster(source / folder / f"{name}.tif", pixels, 1e-4, "EPSG:4326", (10.0, 50.0))
+    module, read_raster = load("convert_geotiff_folder"), load("conversion_reading").read_raster
+    read = []
+    monkeypatch.setattr(
+        module, "read_raster", lambda *args, **options: read.append(args[2]) or read_raster(*args, **options)
+    )
+    arguments = module.GeoTiffArguments(
+        source=str(source), output=str(tmp_path / "shards"), description=str(source / "campaign.yaml")
+    )
+    schema = module.prepare(arguments).schema
+    assert {(window.height, window.width) for window in read} == {(1, 2), (2, 2)}
+    assert schema.modalities["s1"]["gsd"] == read_raster(source / "s1" / "north_1.tif").gsd
+
+
 def test_classes_from_folders(tmp_path):
     for name in ("Forest/Forest_1", "Forest/Forest_2", "River/River_1"):
         write_raster(tmp_path / "source" / f"{name}.tif", pixels_of("uint8", 3, 8, 8))
@@ -400,6 +441,16 @@ def test_npz(tmp_path):
         )
         assert labels["seen"] == arrays["seen"][row].tolist() and labels["owner"] == arrays["owner"][row]
     assert read_schema(tmp_path / "shards").labels["seen"]["names"] == ["oak", "elm", "ash"]
+
+
+def test_arrays_in_foreign_byte_order(tmp_path):
+    arrays = make_arrays(tmp_path)
+    swapped = {**arrays, "radar": arrays["radar"].astype(">f4"), "mass": arrays["mass"].astype(">f8")}
+    np.savez(tmp_path / "chips.npz", **swapped)
+    assert convert("npz", tmp_path / "chips.npz", tmp_path / "shards", "--description", tmp_path / "chips.yaml") == 0
+    sample = samples_of(tmp_path / "shards")["a-1"]
+    assert np.array_equal(sample["images"]["s1"], arrays["radar"][0, :2])
+    assert np.array_equal(sample["labels"]["mass"], arrays["mass"][0])
 
 
 # --- reading rasters ---

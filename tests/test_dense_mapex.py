@@ -204,6 +204,21 @@ class TestMaps:
         pixels["radar"] = torch.where(valid[:, None], pixels["radar"], torch.nan)
         torch.testing.assert_close(predict(model, pixels, valid_mask={"radar": valid}), one)
 
+    @pytest.mark.parametrize("model_class", HEADS)
+    def test_labels_where_no_sensor_has_data(self, model_class):
+        """Half of the image: gradients are those of an image, not larger by orders of magnitude."""
+        model = model_class(tiny_config(num_labels=3)).train()  # as it begins, without biases
+        pixels = {"radar": torch.randn(2, 2, 64, 64)}
+        labels = torch.randint(0, 3, (2, 64, 64)).to(torch.int64 if model_class is HEADS[0] else torch.float32)
+        norms = []
+        for columns in (0, 32):
+            valid = torch.ones(2, 64, 64, dtype=torch.bool)
+            valid[:, :, 64 - columns :] = False
+            model.zero_grad()
+            model(pixels, valid_mask={"radar": valid}, labels=labels).loss.backward()
+            norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+        assert norms[1] < 3 * norms[0]
+
     def test_what_else_is_in_the_batch_does_not_matter(self):
         model, pixels = tiny_model(), inputs(batch_size=4)
         together = predict(model, pixels)

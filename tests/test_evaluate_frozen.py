@@ -482,6 +482,18 @@ def test_band_statistics(run, checkpoint, tmp_path, with_model):
         np.testing.assert_allclose(features.values[index], expected, atol=1e-4)
 
 
+def test_band_statistics_of_a_crop_without_data(checkpoint):
+    """Zeros, as of a sample that lacks the modality, whatever else is in the batch."""
+    config = MapexConfig.from_pretrained(checkpoint)
+    statistics = frozen_features.BandStatistics(MapexImageProcessor.from_config(config), ["s1", "dem"])
+    pixels = {"s1": torch.randn(2, 2, 8, 8), "dem": torch.randn(2, 1, 8, 8)}
+    valid = torch.ones(2, 8, 8, dtype=torch.bool)
+    valid[1] = False
+    together = statistics({"pixel_values": pixels, "valid_mask": {"s1": valid}})
+    alone = statistics({"pixel_values": {"dem": pixels["dem"][1:]}})
+    assert torch.equal(together[1:], alone) and together[0].abs().min() > 0
+
+
 def test_splits_of_the_shards(run, tmp_path):
     results = run(train_split="first", validation_split="second", test_split="third")
     (row,) = results["rows"]

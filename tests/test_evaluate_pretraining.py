@@ -16,6 +16,7 @@ from command_line import Stop
 from run_pretraining import DataArguments
 
 from modeling_mapex import MapexConfig, MapexForPreTraining
+from modeling_mapex.shards_mapex import Sample
 from modeling_mapex.writing_mapex import write_shards
 
 
@@ -56,11 +57,15 @@ def test_what_cannot_be_evaluated(tmp_path):
         MapexConfig.from_dict({**config.to_dict(), "num_experts": 4, "expert_ids": None})
     ).save_pretrained(tmp_path / "whole")
     write_shards(items(4), read, SCHEMA, tmp_path / "shards", progress=False)
+    heights = SCHEMA.select(["dem"], [])
+    only = lambda item: Sample(item.id, "p", {"dem": read(item).images["dem"]})  # noqa: E731
+    write_shards(items(4), only, heights, tmp_path / "heights", progress=False)
     for model, source, words in (
         ("nowhere", "shards", "Cannot load .*nowhere"),
         ("small", "shards", r"has \[2.*\] experts in its layers: prunings to \(1, 2, 3\) need a whole model"),
         ("whole", "elsewhere", "elsewhere"),
         ("whole", "shards", "No held-out sample is left to calibrate or to test on"),
+        ("whole", "heights", r"heights'\] hold nothing that .*whole has \(\['s1'\]\): leave them out"),
     ):
         args = evaluate_pretraining.EvaluationArguments(model=[str(tmp_path / model)])
         with pytest.raises(Stop, match=words):

@@ -194,16 +194,17 @@ class TestGoingOn:
         assert "Going on from step" in run(settings, tmp_path)
         assert_same_run(straight[0], tmp_path)
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_after_ctrl_c(self, shards, straight, tmp_path, workers):
-        """Which a terminal sends to the processes that read as well."""
+    def test_after_a_signal(self, shards, straight, tmp_path, workers, number):
+        """Which a terminal, or a scheduler, sends to the processes that read as well."""
         settings = settings_file(tmp_path, shards, checkpoint_steps=100, num_workers=workers)
         process = start(settings, tmp_path)
         deadline = time.monotonic() + 120
         log = tmp_path / "log.jsonl"
         while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "Run the same command again" in output, output[-3000:]
         assert "Going on from step" in run(settings, tmp_path)
