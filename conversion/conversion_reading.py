@@ -14,6 +14,7 @@ import numpy as np
 import rasterio
 import rasterio.windows
 from rasterio.crs import CRS
+from rasterio.enums import MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 
 from modeling_mapex.shards_mapex import Layer
@@ -212,15 +213,24 @@ def _last_cause(error: BaseException) -> str:
 
 
 class Header(NamedTuple):
-    """What a raster file says of itself."""
+    """What a raster file says of itself.
+
+    Attributes:
+        height, width (`int`): In pixels.
+        nodata (`float`, *optional*): Value of pixels without data.
+        has_mask (`bool`): Whether such pixels are marked in a mask beside the channels instead.
+        names (`list[str | None]`): Descriptions of the channels.
+    """
 
     height: int
     width: int
     nodata: float | None
+    has_mask: bool
+    names: list[str | None]
 
 
 def read_header(path: str | Path) -> Header:
-    """Size and nodata value of a raster file.
+    """What a raster file says of itself, without its pixels.
 
     Raises:
         OSError: it cannot be opened.
@@ -229,7 +239,9 @@ def read_header(path: str | Path) -> Header:
         with warnings.catch_warnings(), rasterio.Env(**_GDAL_OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as raster:
-                return Header(raster.height, raster.width, raster.nodata)
+                flags = raster.mask_flag_enums[0]
+                has_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+                return Header(raster.height, raster.width, raster.nodata, has_mask, list(raster.descriptions))
     except RasterioError as error:
         raise OSError(f"{path}: {_last_cause(error)}") from error
 

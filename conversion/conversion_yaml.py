@@ -128,6 +128,9 @@ def check_sensor(where: str, name: str, spec: Mapping[str, Any]) -> None:
 
 def class_names(where: str, names: Any) -> list:
     """Names of the classes of a mask, from YAML: a list, or codes and names; as `ShardSchema` stores them."""
+    values = names.values() if isinstance(names, dict) else names if isinstance(names, list) else ()
+    if any(isinstance(name, bool) for name in values):
+        raise ValueError(f"{where}: in YAML, yes, no, on and off are true and false: put such `names` into quotes.")
     if isinstance(names, dict) and all(isinstance(code, int) for code in names):
         return [[code, str(name)] for code, name in sorted(names.items())]
     if isinstance(names, list) and names:

@@ -20,11 +20,20 @@ from typing import Any
 
 import numpy as np
 from conversion_common import ConversionArguments, Plan, Source, run, source_folder
-from conversion_reading import Window, check_same_ground, missing_file, present, read_header, read_raster, read_size
+from conversion_reading import (
+    Header,
+    Window,
+    check_same_ground,
+    missing_file,
+    present,
+    read_header,
+    read_raster,
+    read_size,
+)
 from conversion_yaml import check_keys, check_sensor, check_values, class_names, load_sections
 
 from modeling_mapex import SENSORS
-from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema
+from modeling_mapex.shards_mapex import Layer, Sample, ShardSchema, mask_names
 from modeling_mapex.writing_mapex import Item
 
 
@@ -63,6 +72,8 @@ def load(path: str) -> dict[str, Any]:
             raise ValueError(f"{where}: `folder` must be true: the class is the name of the folder.")
         if "names" in spec:
             spec["names"] = class_names(where, spec["names"])
+        if isinstance(spec.get("nodata"), list):
+            raise ValueError(f"{where}: a map has one `nodata`, got {spec['nodata']}.")
         if len(spec.get("channels", [1])) != 1:
             raise ValueError(f"{where}: a label is one channel; got `channels: {spec['channels']}`.")
     for name, spec in layers_of(description).items():
@@ -133,15 +144,16 @@ def read_layer(path: str, spec: dict[str, Any], window: Window | None = None) ->
     return read_raster(path, spec.get("channels"), window, gsd=spec.get("gsd"))
 
 
-def first_readable(files: list[str], spec: dict[str, Any]) -> tuple[Layer, Any]:
-    """The middle of the layer of the first file that can be read, and its nodata value: they stand for all."""
+def first_readable(files: list[str], spec: dict[str, Any]) -> tuple[Layer, Header]:
+    """The middle of the layer of the first file that can be read, and what it says of itself: they stand for all."""
     failure = None
     for file in files:
         try:
-            height, width, nodata = read_header(file)
+            header = read_header(file)
+            height, width = header.height, header.width
             # Symmetric, for in degrees the resolution depends on where the middle is; and a file may be large.
             middle = Window((height - 1) // 2, (width - 1) // 2, 2 - height % 2, 2 - width % 2, (height, width))
-            return read_layer(file, spec, middle), nodata
+            return read_layer(file, spec, middle), header
         except (OSError, ValueError) as error:
             failure = failure or error
     raise ValueError(f"Not one file that matches {spec['pattern']} can be read; the first: {failure}")
@@ -162,7 +174,7 @@ def describe(description: dict[str, Any], samples: dict[str, dict[str, str]]) ->
     for name, spec in description["modalities"].items():
         if not found[name]:
             raise ValueError(f"No file matches {spec['pattern']}: leave the optional `{name}` out of the description.")
-        layer, nodata = first_readable(found[name], spec)
+        layer, header = first_readable(found[name], spec)
         if "channels" not in spec and len(layer.pixels) != (1 if spec["unit"] == "class" else len(spec["bands"])):
             raise ValueError(
                 f"{found[name][0]} has {len(layer.pixels)} channels, the description of `{name}` has the bands "
@@ -171,9 +183,14 @@ def describe(description: dict[str, Any], samples: dict[str, dict[str, str]]) ->
         entry = {key: spec[key] for key in ("bands", "unit", "sensor", "dn_offset") if key in spec}
         entry |= {"gsd": float(spec.get("gsd", layer.gsd)), "dtype": str(layer.pixels.dtype)}
         sensor = SENSORS.get(spec.get("sensor", name))
-        if "nodata" in spec:
-            nodata = spec["nodata"]
-        elif nodata is None and sensor is not None:
+        named = [header.names[channel - 1] for channel in spec.get("channels", range(1, len(header.names) + 1))]
+        if named != entry["bands"] and set(named) == set(entry["bands"]):
+            raise ValueError(
+                f"{found[name][0]} calls its channels {named}, the description of `{name}` {entry['bands']}: correct "
+                "the order of `bands`."
+            )
+        nodata = spec.get("nodata", header.nodata)
+        if nodata is None and sensor is not None:
             nodata = list(sensor.nodata) or None
         if (numbers := numbers_of(nodata)) is not None:
             entry["nodata"] = numbers
@@ -188,12 +205,15 @@ def describe(description: dict[str, Any], samples: dict[str, dict[str, str]]) ->
         elif not found[name]:
             raise ValueError(f"No file matches {spec['pattern']}: leave the optional `{name}` out of the description.")
         else:
-            layer, nodata = first_readable(found[name], spec)
+            layer, header = first_readable(found[name], spec)
             if len(layer.pixels) != 1:
                 raise ValueError(f"{found[name][0]} has {len(layer.pixels)} channels: pick one, like `channels: [1]`.")
             entry["dtype"] = str(layer.pixels.dtype)
-            if spec["kind"] == "map" and numbers_of(nodata) is not None:
-                entry.setdefault("nodata", nodata)
+            marker = numbers_of(header.nodata)
+            if marker is not None and spec["kind"] == "map":
+                entry.setdefault("nodata", marker)
+            elif marker is not None and marker not in mask_names(entry):  # else it is a class, whatever files say
+                entry.setdefault("ignore_index", int(marker))
         labels[name] = entry
     return ShardSchema(modalities, labels, title=str(description.get("title", "")))
 
@@ -215,6 +235,8 @@ class Reader:
 
     def __call__(self, item: Item) -> Sample:
         files, place, window = item.payload
+        for name, path in files.items():
+            self.check_header(name, path)
         layers = {name: read_layer(path, self.layers[name], window) for name, path in files.items()}
         check_same_ground({files[name]: layer for name, layer in layers.items()})
         images: dict[str, Layer | None] = {}
@@ -230,6 +252,24 @@ class Reader:
             if spec["kind"] == "class":
                 labels[name] = spec["names"].index(item.id.split("/")[0])
         return Sample(item.id, place, images, labels)
+
+    def check_header(self, name: str, path: str) -> None:
+        """Raise `ValueError` for a file that marks missing data otherwise than the schema says."""
+        spec = self.schema.modalities.get(name) or self.schema.labels[name]
+        if spec.get("kind") == "mask":
+            return  # whose codes are checked one by one
+        header, known = read_header(path), np.atleast_1d(spec.get("nodata", [])).tolist()
+        if header.has_mask and not known:
+            raise ValueError(
+                f"{path} marks pixels without data in a mask, which is not read: write it into the pixels "
+                "(`gdalwarp -dstnodata VALUE in.tif out.tif`)"
+            )
+        marker = numbers_of(header.nodata)
+        if "nodata" not in self.layers[name] and marker is not None and marker not in known:
+            raise ValueError(
+                f"{path} marks pixels without data by {marker:g}, others of `{name}` by {known or 'nothing'}: bring "
+                "the files to one value, or, of a modality, name all in the description, `nodata: [...]`"
+            )
 
     def size(self, item: Item) -> tuple[int, int]:
         """Of the data set's finest modality, also where this sample lacks it: all chips cover as much ground."""

@@ -37,7 +37,10 @@ def parse_arguments(kinds: Sequence[type], description: str, argv: list[str] | N
         if unknown := sorted(set(values) - known):
             raise Stop(f"{file} has options that there are not: {unknown}. Run with --help for those there are.")
         parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(args=argv)
+    *parsed, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)}")
+    return tuple(parsed)
 
 
 def read_overrides(
@@ -57,6 +60,12 @@ def read_overrides(
     if refused := sorted(set(overrides) & {"modalities", "dtype", *settled}):
         raise Stop(f"--config_overrides cannot change {refused}, which the data and other options settle.")
     return overrides
+
+
+def check_trackers(names: list[str] | None, available: Collection[str]) -> None:
+    """Of `--report_to`: stop before the work begins."""
+    if missing := [name for name in names or [] if name not in ("all", "none", *available)]:
+        raise Stop(f"--report_to {' '.join(missing)}: not known or not installed. There are {sorted(available)}.")
 
 
 def read_mapping(file: str) -> dict[str, Any]:

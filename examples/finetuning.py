@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import Stop, message_of
+from command_line import Stop, check_trackers, message_of
 from finetuning_data import Data, check_samples, differ_in_size
 from finetuning_head import fit_head
 from finetuning_model import LEARNING_RATES, choose_trained, parameter_groups
 from finetuning_options import DataArguments, FinetuningArguments, ModelArguments
 from finetuning_results import Scores, count_unread, intervals, peak_memory, predict, results_table
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -273,6 +274,7 @@ class Finetuning:
         self.run, self.data, self.scores, self.args = run, data, scores, run.args
         self.model_args, self.preprocess = model_args, preprocess
         self.config = model.config
+        check_trackers(self.args.report_to, get_available_reporting_integrations())
         self.best = self.args.best_metric or scores.best
         if self.best not in (*scores.names, "loss"):
             raise Stop(f"There is no metric `{self.best}` for --best_metric: choose one of {[*scores.names, 'loss']}.")

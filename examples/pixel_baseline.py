@@ -147,6 +147,6 @@ def main(settings: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     main(read_mapping(sys.argv[1]))

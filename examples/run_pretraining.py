@@ -34,8 +34,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, send_to_device, set_seed
-from command_line import Stop, parse_arguments, read_overrides
+from command_line import Stop, check_trackers, parse_arguments, read_overrides
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -448,6 +449,7 @@ def start(args: PretrainingArguments) -> Accelerator:
     report_to = args.report_to
     if report_to is None:
         report_to = ["tensorboard"] if find_spec("tensorboard") else []
+    check_trackers(report_to, [str(tracker) for tracker in get_available_trackers()])
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         return Accelerator(

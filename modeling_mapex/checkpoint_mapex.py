@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 from transformers.utils.hub import cached_files, hf_api
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from .modelcard_mapex import CARD_NAME, fetch_model_card
 from .pruning_mapex import MODALITY_KEY, KeptPart, kept_part, plan_experts
@@ -414,6 +415,11 @@ class Repository:
         return cached_file(
             self.name, name, subfolder=self.subfolder, _raise_exceptions_for_missing_entries=False, **self.hub
         )
+
+    def is_adapter(self) -> bool:
+        """Whether a folder holds an adapter (peft) alone, which says itself what it belongs to."""
+        adapter = Path(self.name, self.subfolder, ADAPTER_CONFIG_NAME)
+        return adapter.is_file() and self.is_known_to_lack_weights()
 
     def is_known_to_lack_weights(self) -> bool:
         """Whether an attempt to load has found that there are no safetensors weights."""

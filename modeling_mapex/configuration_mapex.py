@@ -549,9 +549,16 @@ class MapexConfig(BackboneConfigMixin, PreTrainedConfig):
             if groups is not None and sorted(band for group in groups for band in group) != sorted(bands):
                 raise ValueError(f"`target_groups` of modality `{name}` must hold each of {bands} once, got {groups}.")
             for key in PER_BAND_KEYS:
-                if spec.get(key) is not None and len(spec[key]) != len(bands):
+                values = spec.get(key)
+                if values is not None and (not isinstance(values, (list, tuple)) or len(values) != len(bands)):
                     raise ValueError(
-                        f"`{key}` of modality `{name}` needs {len(bands)} values, one a band, got {len(spec[key])}."
+                        f"`{key}` of modality `{name}` needs a list of {len(bands)} values, one a band, got {values!r}."
+                    )
+            for bounds in spec.get("clip") or []:
+                if not isinstance(bounds, (list, tuple)) or len(bounds) != 2 or not bounds[0] < bounds[1]:
+                    raise ValueError(
+                        f"`clip` of modality `{name}` needs the least and the greatest value of each band, like "
+                        f"[[0.0, 1.0]], got {spec['clip']}."
                     )
             deviations = [value for value in spec.get("std") or [] if value is not None]
             numbers = [value for value in spec.get("mean") or [] if value is not None] + deviations

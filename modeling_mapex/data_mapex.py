@@ -34,7 +34,9 @@ def _locate(source: str | os.PathLike, split: str, revision: str | None, token: 
     try:
         found = sorted(HfFileSystem(token=token).glob(pattern))
     except httpx.TransportError as error:  # no OSError, as one would expect of a network
-        raise ConnectionError(f"Cannot reach the Hub for the data set `{source}`: {error}. Try again later.") from error
+        raise ConnectionError(
+            f"There is no folder {source}. Cannot reach the Hub for the data set `{source}`: {error}. Try again later."
+        ) from error
     if not found:
         raise FileNotFoundError(f"No shards of the split `{split}` in the data set `{source}` on the Hub.")
     folders: dict[str, list[str]] = {}

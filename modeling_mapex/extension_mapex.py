@@ -3,6 +3,7 @@ and like it on configurations and state dicts.
 """
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -113,6 +114,10 @@ def _band_names(config, like: str, bands: dict[str, str] | None) -> dict[str, st
     available = config.modalities[like]["bands"]
     if bands is None:
         return {band: band for band in available}
+    if not isinstance(bands, dict):
+        raise TypeError(f"`bands` must say which band of `{like}` each of yours begins as, got {bands!r}.")
+    if repeated := sorted(band for band, count in Counter(bands.values()).items() if count > 1):
+        raise ValueError(f"Each band of `{like}` can be the beginning of one of yours, but {repeated} are of several.")
     if unknown := [band for band in bands.values() if band not in available]:
         raise ValueError(f"`bands` begin as bands of `{like}`, which has {available}, not {unknown}.")
     return dict(bands)

@@ -117,6 +117,11 @@ class MapexImageProcessor(BaseImageProcessor):
             raise ValueError(f'`missing_bands` must be "raise" or "mean", got {missing_bands!r}.')
         if not modalities:
             raise ValueError("`modalities` is empty: use `MapexImageProcessor.from_config(config)`.")
+        if not isinstance(modalities, dict):
+            raise TypeError(
+                f"`modalities` must describe each modality, got {modalities!r}. A processor takes all that its model "
+                "has: for some of them, that of the pruned model, `MapexImageProcessor.from_config(pruned.config)`."
+            )
         self.do_normalize = do_normalize
         self.do_resize = do_resize
         self.missing_bands = missing_bands

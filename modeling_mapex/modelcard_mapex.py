@@ -64,7 +64,11 @@ def write_model_card(
     if file.is_file() and is_edited(text := file.read_text(encoding="utf-8")):
         _add_tags(file, text, tags)
         return
-    size = sum(entry.stat().st_size for entry in Path(directory).glob("*.safetensors"))
+    files = [entry for entry in Path(directory).glob("*.safetensors") if not entry.name.startswith("adapter_")]
+    # Without files yet, or beside an adapter: what they would hold.
+    size = sum(entry.stat().st_size for entry in files) or sum(
+        tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()
+    )
     text = model_card(
         model.config,
         type(model).__name__,

@@ -696,7 +696,7 @@ class MapexPreTrainedModel(PreTrainedModel):
                 raise OSError(repository.no_weights())
         try:
             if modalities is None:
-                if repository is not None and os.path.isdir(repository.name):
+                if repository is not None and os.path.isdir(repository.name) and not repository.is_adapter():
                     repository.find_weights()  # transformers would follow the index of a folder to anywhere
                 kwargs["revision"] = revision
                 result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

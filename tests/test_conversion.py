@@ -379,6 +379,38 @@ def test_missing_data_as_files_and_description_say(tmp_path):
         assert list(samples_of(tmp_path / "shards")) == ["north_1", "north_2"]
 
 
+def test_missing_data_marked_otherwise_than_in_the_first_file(tmp_path, capsys):
+    """By another value, or in a mask beside the pixels: such a file is left out and named."""
+    source = make_campaign(tmp_path / "source")
+    options = ("--description", source / "campaign.yaml")
+    for name, nodata in (("north_1", -1.0), ("north_2", -2.0)):
+        write_raster(source / "s1" / f"{name}.tif", pixels_of("float32", 2, 12, 16), nodata=nodata)
+    write_raster(source / "planet" / "north_1_sr.tif", pixels_of("uint16", 4, 24, 32), crs=None)
+    with rasterio.open(source / "planet" / "north_1_sr.tif", "r+") as raster:
+        raster.write_mask(np.arange(24 * 32).reshape(24, 32) % 2 == 0)
+    assert convert("geotiff_folder", source, tmp_path / "shards", *options) == 1
+    printed = capsys.readouterr().out
+    assert "north_2.tif marks pixels without data by -2, others of `s1` by [-1.0]" in printed
+    assert "north_1_sr.tif marks pixels without data in a mask, which is not read" in printed
+    assert list(samples_of(tmp_path / "shards")) == ["south_1"]
+    new = CAMPAIGN.replace("unit: db}", "unit: db, nodata: [-1, -2]}").replace("gsd: 5.0,", "gsd: 5.0, nodata: 0,")
+    (source / "campaign.yaml").write_text(new)
+    assert convert("geotiff_folder", source, tmp_path / "shards", *options, "--overwrite") == 0
+
+
+def test_codes_of_a_mask_that_do_not_count(tmp_path):
+    """As files say, unless they say so of a class."""
+    source = make_campaign(tmp_path / "source")
+    (source / "campaign.yaml").write_text(CAMPAIGN.replace(", ignore_index: -1", ""))
+    for nodata, expected in ((-1, -1), (1, None)):
+        for name in ("north_1", "north_2", "south_1"):
+            codes = RNG.integers(-1 if expected else 0, 2, (1, 12, 16)).astype("int8")
+            write_raster(source / "labels" / f"{name}.tif", codes, nodata=nodata)
+        options = ("--description", source / "campaign.yaml", "--overwrite")
+        assert convert("geotiff_folder", source, tmp_path / "shards", *options) == 0
+        assert read_schema(tmp_path / "shards").labels["water"].get("ignore_index") == expected
+
+
 def test_describing_reads_the_middle_of_a_file_only(tmp_path, monkeypatch):
     """A mosaic may be larger than memory; in degrees its resolution is that of its middle."""
     source = make_campaign(tmp_path / "source")
@@ -731,6 +763,14 @@ def test_bad_descriptions(tmp_path, capsys, old, new, message):
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_bands_in_another_order_than_files_say(tmp_path, capsys):
+    source = make_campaign(tmp_path / "source")
+    with rasterio.open(source / "s1" / "north_1.tif", "r+") as raster:
+        raster.descriptions = ("VH", "VV")
+    assert convert("geotiff_folder", source, tmp_path / "shards", "--description", source / "campaign.yaml") == 2
+    assert "calls its channels ['VH', 'VV'], the description of `s1` ['VV', 'VH']" in capsys.readouterr().err
 
 
 def test_geotiff_folder_reports_what_differs_from_the_first_file(tmp_path, capsys):
