@@ -336,5 +336,5 @@ def test_memory_stays_flat_as_a_shard_grows(tmp_path):
 
 
 def test_hub_out_of_reach():
-    with pytest.raises(ConnectionError, match="Cannot reach the Hub for the data set `org/chips`"):
+    with pytest.raises(ConnectionError, match=r"There is no folder org/chips. Cannot reach the Hub for the data set"):
         read_schema("org/chips")

@@ -97,13 +97,15 @@ def test_training_tells_them_apart():
         ({"name": "asar", "like": "sonar"}, r"`like` must be one of \['height', 'optical', 'radar'\], got `sonar`"),
         ({"name": "asar", "like": "radar", "bands": {"HH": "XX"}}, r"begin as bands of `radar`, which has .* not"),
         ({"name": "asar", "like": "radar", "bands": {}}, "No bands asked for"),
+        ({"name": "asar", "like": "radar", "bands": {"HH": "VV", "HV": "VV"}}, r"\['VV'\] are of several"),
+        ({"name": "asar", "like": "radar", "bands": ["VV", "VH"]}, "must say which band of `radar` each of yours"),
         ({"name": "asar", "like": "radar", "patch_size": 2}, "has the `patch_size` of the one it is like"),
         ({"name": "asar", "like": "radar", "metres": 10}, "metres"),
         ({"name": "a.b", "like": "radar"}, "a.b"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message):
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
+    with pytest.raises((TypeError, ValueError, StrictDataclassError), match=message):
         add_modality(MapexModel(tiny_config()), **arguments)
 
 

@@ -944,12 +944,18 @@ class TestStops:
             ("flood", {"classes": "nowhere.yaml"}, "Cannot read nowhere.yaml"),
             ("codes", {}, r"do not name the classes of `codes`, which holds the codes \[-1, 3, 7\]"),
             ("crop", {"lerning_rate": 1.0}, "lerning_rate"),
+            ("crop", {"report_to": ["trackio_2"]}, "--report_to trackio_2: not known or not installed"),
         ],
     )
     def test_options(self, options, tmp_path, label, changes, message):
         with pytest.raises(command_line.Stop, match=message):
             run(options, tmp_path / "run", label, **changes)
         assert not (tmp_path / "run" / "run.json").exists()  # the mended command is not taken for another run
+
+    def test_unknown_option(self, capsys):
+        with pytest.raises(SystemExit):
+            command_line.parse_arguments((finetuning_options.ModelArguments,), "", ["--modell", "a"])
+        assert "unknown options: --modell a" in capsys.readouterr().err
 
     def test_file_of_options(self, tmp_path):
         with pytest.raises(command_line.Stop, match=r"Cannot read nowhere\.yaml"):

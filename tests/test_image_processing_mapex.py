@@ -569,6 +569,8 @@ class TestConstructor:
         for empty in (None, {}):
             with pytest.raises(ValueError, match="`modalities` is empty: use `MapexImageProcessor"):
                 MapexImageProcessor(empty)
+        with pytest.raises(TypeError, match=r"must describe each modality, got \['s1'\]"):
+            MapexImageProcessor(["s1"])
 
     def test_unknown_without_scale(self):
         spec = {key: value for key, value in MODALITIES["s2"].items() if key != "dn_scale"}

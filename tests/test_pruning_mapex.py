@@ -470,6 +470,21 @@ class TestErrors:
 class TestAdapters:
     """Weights that adapters hide are not lost in silence."""
 
+    def test_loaded_from_a_folder_of_their_own(self, models, tmp_path):
+        peft = pytest.importorskip("peft", reason="the extra `lora`")
+        base = copy.deepcopy(models[MapexForImageClassification]).eval()
+        base.save_pretrained(tmp_path / "base")
+        model = MapexForImageClassification.from_pretrained(tmp_path / "base")
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / "adapter")
+        assert not (tmp_path / "adapter" / "model.safetensors").exists()
+        again = MapexForImageClassification.from_pretrained(tmp_path / "adapter").eval()
+        pixels = tiny_inputs(["radar"])
+        with torch.no_grad():
+            expected, other = model.eval()(pixels).logits, base(pixels).logits
+            assert torch.equal(again(pixels).logits, expected) and not torch.allclose(expected, other)
+        assert "| 0.0 MB |" not in (tmp_path / "adapter" / "README.md").read_text(), "the size is that of the model"
+
     def test_refused_until_they_are_merged(self, models):
         peft = pytest.importorskip("peft", reason="the extra `lora`")
         full = copy.deepcopy(models[MapexForImageClassification])

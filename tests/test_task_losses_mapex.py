@@ -116,6 +116,7 @@ class TestClasses:
             (torch.full((3, 3), 2.0), {"problem_type": "multi_label_classification"}, "between 0 and 1"),
             (torch.zeros(2, dtype=torch.long), {}, r"\(3,\) or \(3, 3\), got \(2,\)"),
             (torch.zeros(3, 4), {}, r"got \(3, 4\)"),
+            (torch.zeros(3, 3, dtype=torch.long), {}, r"of several classes a sample, \(3, 3\), are floats"),
         ],
     )
     def test_wrong_labels(self, labels, fields, words):
