@@ -200,7 +200,8 @@ def choose_modalities(
     if useless := [name for name, like in added.items() if name not in wanted or like not in wanted]:
         raise Stop(
             f"--add makes {useless} of {[added[name] for name in useless]}, and both must be among --modalities. To "
-            "use a sensor of the shards in place of one of the model: --rename."
+            "use a sensor of the shards in place of one of the model: --rename; or `add_modality`, which takes other "
+            "names of bands too, and --model with the folder that its model was saved to."
         )
     if strange := [name for name in bands if name in added]:
         raise Stop(f"--bands names {strange}, which have the bands of {[added[name] for name in strange]} by --add.")

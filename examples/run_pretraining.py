@@ -478,7 +478,10 @@ def choose_modalities(args: DataArguments, config: MapexConfig, accelerator: Acc
     if useless := [source for source, (usable, _) in found.items() if not usable]:
         raise Stop(f"{useless} hold nothing that the model has ({list(config.modalities)}): leave them out.")
     if missing := [name for name in config.modalities if not any(name in usable for usable, _ in found.values())]:
-        raise Stop(f"No source has {missing}: add one, or train without with --modalities.")
+        raise Stop(
+            f"No source has {missing}: add one, train without with --modalities, or say in a settings file for which "
+            "bands, like `modalities: {s1: null, s2: [B02, B03, B04]}`."
+        )
     return {source: usable for source, (usable, _) in found.items()}
 
 

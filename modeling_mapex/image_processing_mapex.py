@@ -74,7 +74,8 @@ class MapexImageProcessor(BaseImageProcessor):
             Whether to subtract the mean and divide by the standard deviation of each band.
         do_resize (`bool`):
             Whether to resize images whose sides are no multiples of the patch size to the nearest that are; their
-            `gsd` changes with them. If not, they are an error.
+            `gsd` changes with them. If not, they are an error. The resolution is one number: where rows and columns are
+            stretched by different shares, sensors of one scene come to lie askew by the difference. Crop those.
         missing_bands (`str`):
             What to do about a band that the model has and the input lacks: `"raise"`, or `"mean"` to fill it with its
             mean, with a warning, for a model that was trained with dropped bands.

@@ -1545,8 +1545,9 @@ class MapexDenseDecoder(nn.Module):
         reference = reference_modality(layout.grids, modalities)
         size = tuple(output_size or pixel_values[reference].shape[-2:])
         projected = {name: self.modality_projections[name](tokens[:, part]) for name, part in layout.slices().items()}
-        # Of zeros, which convolutions without a bias keep, normalisation has no scale: gradients would explode.
-        nothing = torch.linspace(-1.0, 1.0, self.config.dense_hidden_size, device=tokens.device)
+        # Of zeros, which convolutions without a bias keep, normalisation has no scale: gradients would explode. Small,
+        # so that it is no edge beside what sensors show.
+        nothing = torch.linspace(-0.1, 0.1, self.config.dense_hidden_size, device=tokens.device)
         features = fuse_tokens(projected, layout, extents, reference, nothing)  # (B, W, R, C)
 
         rows, columns = layout.grids[reference]

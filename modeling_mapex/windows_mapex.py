@@ -170,7 +170,7 @@ def _check_ground(
             raise ValueError(
                 f"`{finest}` and `{name}` cover {extents[finest].tolist()} and {metres.tolist()} metres, down and "
                 "right: to be read in windows they must cover the same ground. Crop them to it, or say the resolution "
-                "by `gsd`."
+                "by `gsd`. Resizing to whole patches may change it too: crop sides to multiples of the patch size."
             )
 
 
