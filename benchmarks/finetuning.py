@@ -11,8 +11,8 @@ pair by pair; printed are the median and its quartiles.
     full / pruned             all experts, of which a token uses two, against one expert, and against the experts that
                               cover 95 %, of which a token uses two as well
     Trainer / bare loop       `MapexTrainer` against a loop over the same loader with the same optimiser
-    extracting / encoding     `evaluate_frozen.py` reading, processing and encoding shards, with one worker, against the
-                              encoder alone on batches that lie ready
+    extracting / encoding     `evaluate_frozen.py` reading, processing and encoding shards, against the encoder alone on
+                              batches that lie ready
     predict_map               of a scene eight chips wide, in windows of a chip with half of it to the next, against the
                               forward passes of these windows alone, and against the scene as one image
     memory                    parameters, gradients and what autograd keeps for the backward pass
@@ -176,7 +176,7 @@ def extracting_and_encoding(
     batch = {args.modality: torch.randn(args.batch_size, len(spec["bands"]), size, size, device=args.device)}
 
     def extracting() -> None:
-        compute_features(encoder, shards, "train", schema, batch_size=args.batch_size, num_workers=1)
+        compute_features(encoder, shards, "train", schema, batch_size=args.batch_size)
 
     def encoding() -> None:
         with torch.inference_mode():

@@ -96,7 +96,13 @@ class DataArguments(ShardArguments):
         default=None, metadata={"help": "Side in pixels of a crop, at a place that the sample's id fixes."}
     )
     batch_size: int = field(default=64, metadata={"help": "Samples at a time."})
-    num_workers: int = field(default=1, metadata={"help": "Processes that read, no more than there are shards."})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read, no more than there are shards. Default: 4 beside a GPU, none on a CPU, where "
+            "they would take the encoder's cores."
+        },
+    )
     cache_dir: str = field(default="outputs/frozen/embeddings", metadata={"help": "Where embeddings are kept."})
 
 
@@ -441,7 +447,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     for name in ("seeds", "neighbors", "bootstrap"):
         if getattr(args, name) < 1:
             raise Stop(f"--{name} must be 1 or more, got {getattr(args, name)}.")
-    if data_args.batch_size < 1 or data_args.num_workers < 0:
+    if data_args.batch_size < 1 or (data_args.num_workers or 0) < 0:
         raise Stop("--batch_size must be 1 or more, and --num_workers 0 or more.")
 
 

@@ -220,10 +220,11 @@ def compute_features(
     schema: ShardSchema,
     *,
     batch_size: int,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     crop_size: int | None = None,
 ) -> Features:
-    """Features of all samples of a split, with all labels that can be evaluated.
+    """Features of all samples of a split, with all labels that can be evaluated. They are read by `num_workers`
+    processes; by default by 4 beside a GPU, and by none on a CPU, where they would take the encoder's cores.
 
     Raises:
         Stop: no sample has any of the sensors, or there are features that are not finite.
@@ -232,6 +233,8 @@ def compute_features(
     stream = stream_shards(
         shards.source, split, modalities=shards.stored(extractor.modalities), labels=labels, revision=shards.revision
     )
+    if num_workers is None:
+        num_workers = 4 if torch.cuda.is_available() else 0
     loader = DataLoader(
         stream,
         batch_size=batch_size,
@@ -280,7 +283,7 @@ def cached_features(
     cache_dir: str,
     *,
     batch_size: int,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     crop_size: int | None = None,
 ) -> Features:
     """As [`compute_features`], which is called only where its result is not in `cache_dir`."""
