@@ -1,6 +1,6 @@
 """Fine-tuning a pruned MAPEX beside the full one and a plain ViT of the pruned size, and what Trainer adds, as ratios.
 
-    python benchmarks/finetuning.py                       # mapex-nano on 2 CPU threads: about three minutes
+    python benchmarks/finetuning.py                       # mapex-nano on 2 CPU threads: about five minutes
     python benchmarks/finetuning.py --model org/mapex-base --image_size 224 --device cuda --batch_size 64
 
 A step is forward, backward, clipping and AdamW on one batch of one sensor. Pairs run in turn and the ratio is taken
@@ -243,11 +243,11 @@ def main(args: Arguments) -> None:
 
     with_trainer, bare = trainer_and_bare_loop(single, args)
     with_trainer(), bare()
-    row("Trainer / bare loop", [with_trainer() / bare() for _ in range(5)])
+    row("Trainer / bare loop", [with_trainer() / bare() for _ in range(11)])
 
     with TemporaryDirectory() as folder:
         extracting, encoding = extracting_and_encoding(single, Path(folder) / "shards", args)
-        row("extracting from shards / encoding", compare(extracting, encoding, replace(args, repetitions=7)))
+        row("extracting from shards / encoding", compare(extracting, encoding, replace(args, repetitions=11)))
 
     in_windows, forward_passes, at_once = scene_in_windows(args)
     row(
