@@ -264,7 +264,28 @@ class MapexImageProcessor(BaseImageProcessor):
         ]
         if lacking:
             raise ValueError(f"Samples {lacking} have no modality at all. Leave them out of the batch.")
+        self._warn_of_skew(samples, features["pixel_values"])
         return MapexBatchFeature(features)
+
+    @staticmethod
+    def _warn_of_skew(samples: dict[str, Any], pixel_values: dict[str, torch.Tensor]) -> None:
+        """Warn where resizing, which changes the one resolution of a modality, stretches the rows of sensors by other
+        shares than their columns, and so moves them against each other by more than a pixel.
+        """
+        largest = max(max(pixels.shape[2:]) for pixels in pixel_values.values())
+        for sample in zip(*(samples[name] for name in pixel_values)):
+            shares = []
+            for image, pixels in zip(sample, pixel_values.values()):
+                if image is not None:
+                    down, right = (after / before for after, before in zip(pixels.shape[2:], image.shape[1:]))
+                    shares.append((down / right) ** 0.5)
+            skew = largest * (max(shares, default=0) - min(shares, default=0))
+            if skew > 1:
+                logger.warning_once(
+                    f"Resized to whole patches, sensors of a sample lie askew by up to {skew:.0f} pixels. Crop their "
+                    "sides to multiples of the patch size."
+                )
+                return
 
     def inverse_transform(self, pixel_values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """From normalised pixels back to physical values, for pictures and maps.

@@ -190,6 +190,24 @@ class TestBands:
             assert features["valid_mask"]["s2"].all()
         assert caplog.text.count("lacks the bands ['B03', 'B04']; they are filled with their mean") == 1
 
+    @pytest.mark.parametrize(
+        ("radar", "heights", "pixels"),
+        [((101, 203), (34, 68), 16), ((60, 90), (20, 30), 1), ((101, 101), (34, 34), 0), ((101, 203), None, 0)],
+    )
+    def test_warns_where_resizing_moves_sensors_against_each_other(self, caplog, radar, heights, pixels):
+        """One resolution for rows and columns: how far the far edge of one sensor lies from that of the other."""
+        logging.get_logger("modeling_mapex.image_processing_mapex").warning_once.cache_clear()
+        specs = {name: MODALITIES[name] | {"patch_size": 8} for name in ("dem", "s2")}
+        images = {"s2": np.full((4, *radar), 0.1), "dem": None if heights is None else np.full((1, *heights), 300.0)}
+        features = MapexImageProcessor(specs)(images)
+        assert (f"askew by up to {pixels} pixels" in caplog.text) if pixels else not caplog.text
+        if heights is not None:
+            sides = {name: np.array(values.shape[2:]) for name, values in features["pixel_values"].items()}
+            metres = {name: side * features["gsd"][name] for name, side in sides.items()}
+            true = {"s2": np.array(radar) * 10.0, "dem": np.array(heights) * 30.0}
+            away = np.abs(metres["s2"] / true["s2"] - metres["dem"] / true["dem"]) * sides["s2"].max()
+            assert abs(away.max() - pixels) <= 0.1 * pixels + 0.5
+
     def test_a_missing_band_is_no_hole(self):
         """Only the bands that came say where there is data."""
         own = physical("s2", 1)
