@@ -5,7 +5,7 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from rasterio.crs import CRS
 from rasterio.enums import MaskFlags
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 
-from modeling_mapex.shards_mapex import Layer
+from modeling_mapex.shards_mapex import Layer, without_data
 
 
 # A damaged JPEG is an error, not a warning and a grey area; and the folder is not listed anew for every file of it.
@@ -149,6 +149,7 @@ def read_raster(
     bands: Sequence[int] | None = None,
     window: Window | None = None,
     gsd: float | None = None,
+    check: Callable[["Header"], None] | None = None,
 ) -> Layer:
     """The pixels of a raster file as they are, and where they lie.
 
@@ -157,6 +158,7 @@ def read_raster(
         bands (`Sequence[int]`, *optional*): Channels, counted from 1. Default: all.
         window (`Window`, *optional*): Only this piece.
         gsd (`float`, *optional*): Metres per pixel where the file has no coordinate system.
+        check (`Callable`, *optional*): Gets the file's [`Header`] before its pixels are read; raises to refuse it.
 
     Returns:
         [`Layer`]: `pixels` of shape `(channels, height, width)`; transform and gsd are those of the piece.
@@ -173,6 +175,8 @@ def read_raster(
         with warnings.catch_warnings(), rasterio.Env(**_GDAL_OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # is an error below, or expected
             with rasterio.open(path) as raster:
+                if check is not None:
+                    check(_header_of(raster))
                 count, height, width = raster.count, raster.height, raster.width
                 unknown = [band for band in bands or () if not 1 <= band <= count]
                 if unknown:
@@ -229,6 +233,12 @@ class Header(NamedTuple):
     names: list[str | None]
 
 
+def _header_of(raster: rasterio.DatasetReader) -> Header:
+    flags = raster.mask_flag_enums[0]
+    has_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
+    return Header(raster.height, raster.width, raster.nodata, has_mask, list(raster.descriptions))
+
+
 def read_header(path: str | Path) -> Header:
     """What a raster file says of itself, without its pixels.
 
@@ -239,9 +249,7 @@ def read_header(path: str | Path) -> Header:
         with warnings.catch_warnings(), rasterio.Env(**_GDAL_OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as raster:
-                flags = raster.mask_flag_enums[0]
-                has_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
-                return Header(raster.height, raster.width, raster.nodata, has_mask, list(raster.descriptions))
+                return _header_of(raster)
     except RasterioError as error:
         raise OSError(f"{path}: {_last_cause(error)}") from error
 
@@ -270,13 +278,9 @@ def present(layer: Layer, nodata: Any = None) -> Layer | None:
         layer ([`Layer`]): As read.
         nodata (number or a list of them, *optional*): Values of pixels without data; NaN and infinities are some too.
     """
-    values = [] if nodata is None else np.atleast_1d(nodata).tolist()
     for channel in layer.pixels:  # almost always, the first pixels of the first channel decide
         for rows in (channel[:8], channel[8:]):
-            holes = ~np.isfinite(rows) if rows.dtype.kind == "f" else np.zeros(rows.shape, bool)
-            for value in values:
-                holes |= rows == value
-            if not holes.all():
+            if not without_data(rows, nodata).all():
                 return layer
     return None
 

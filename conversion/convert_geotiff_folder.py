@@ -140,8 +140,8 @@ def find_samples(source: Path, layers: dict[str, dict[str, Any]]) -> dict[str, d
     return {id: {name: files[name] for name in layers if name in files} for id, files in sorted(samples.items())}
 
 
-def read_layer(path: str, spec: dict[str, Any], window: Window | None = None) -> Layer:
-    return read_raster(path, spec.get("channels"), window, gsd=spec.get("gsd"))
+def read_layer(path: str, spec: dict[str, Any], window: Window | None = None, check=None) -> Layer:
+    return read_raster(path, spec.get("channels"), window, spec.get("gsd"), check)
 
 
 def first_readable(files: list[str], spec: dict[str, Any]) -> tuple[Layer, Header]:
@@ -235,9 +235,10 @@ class Reader:
 
     def __call__(self, item: Item) -> Sample:
         files, place, window = item.payload
-        for name, path in files.items():
-            self.check_header(name, path)
-        layers = {name: read_layer(path, self.layers[name], window) for name, path in files.items()}
+        layers = {
+            name: read_layer(path, self.layers[name], window, partial(self.check_header, name, path))
+            for name, path in files.items()
+        }
         check_same_ground({files[name]: layer for name, layer in layers.items()})
         images: dict[str, Layer | None] = {}
         labels: dict[str, Any] = {}
@@ -253,12 +254,12 @@ class Reader:
                 labels[name] = spec["names"].index(item.id.split("/")[0])
         return Sample(item.id, place, images, labels)
 
-    def check_header(self, name: str, path: str) -> None:
+    def check_header(self, name: str, path: str, header: Header) -> None:
         """Raise `ValueError` for a file that marks missing data otherwise than the schema says."""
         spec = self.schema.modalities.get(name) or self.schema.labels[name]
         if spec.get("kind") == "mask":
             return  # whose codes are checked one by one
-        header, known = read_header(path), np.atleast_1d(spec.get("nodata", [])).tolist()
+        known = np.atleast_1d(spec.get("nodata", [])).tolist()
         if header.has_mask and not known:
             raise ValueError(
                 f"{path} marks pixels without data in a mask, which is not read: write it into the pixels "

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -66,6 +67,14 @@ def check_trackers(names: list[str] | None, available: Collection[str]) -> None:
     """Of `--report_to`: stop before the work begins."""
     if missing := [name for name in names or [] if name not in ("all", "none", *available)]:
         raise Stop(f"--report_to {' '.join(missing)}: not known or not installed. There are {sorted(available)}.")
+
+
+def ignore_interrupts(worker: int) -> None:
+    """In a process that reads. Ctrl-C reaches all processes of a terminal, SIGTERM often all of a job: the one that
+    trains decides, and its readers end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_mapping(file: str) -> dict[str, Any]:

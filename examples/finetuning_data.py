@@ -1,12 +1,11 @@
 """Labelled shards for the fine-tuning scripts: which label, which sensors, which samples on which side of the split."""
 
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from command_line import Stop
+from command_line import Stop, ignore_interrupts
 from finetuning_options import DataArguments, ModelArguments, ShardArguments, assignments
 from torch.utils.data import Dataset, get_worker_info
 
@@ -49,9 +48,8 @@ class Chips(Dataset):
         return self.__getitems__([int(index)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        if get_worker_info() is not None:  # a signal often reaches all processes of a job: the one that trains decides
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
+        if (worker := get_worker_info()) is not None:  # `Trainer` has a `worker_init_fn` of its own
+            ignore_interrupts(worker.id)
         columns = self.dataset[indices]
         samples = []
         for values in zip(*columns.values()):

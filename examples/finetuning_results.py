@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from modeling_mapex.visualization_mapex import display_bands, stretch_limits, to
 from modeling_mapex.windows_mapex import predict_in_windows
 
 
-class Scores:
+class Scores(ABC):
     """Metrics of an evaluation, from a row of numbers that is kept of each sample instead of its predictions: memory
     does not grow with pixels, and intervals come from weighting the rows. For `Trainer` with `batch_eval_metrics`.
     """
@@ -29,13 +30,13 @@ class Scores:
         self.parts: list[np.ndarray] = []
         self.table: np.ndarray | None = None  # of the last evaluation
 
+    @abstractmethod
     def rows(self, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """`(batch_size, columns)`"""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, table: np.ndarray, weights: np.ndarray) -> dict[str, float]:
         """Of `table (samples, columns)`, each sample as often as `weights` says; without those that are not defined."""
-        raise NotImplementedError
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         self.parts.append(self.rows(prediction.predictions, prediction.label_ids).double().cpu().numpy())

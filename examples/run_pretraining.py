@@ -36,7 +36,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, send_to_device, set_seed
-from command_line import Stop, check_trackers, parse_arguments, read_overrides
+from command_line import Stop, check_trackers, ignore_interrupts, parse_arguments, read_overrides
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -283,7 +283,7 @@ class Checkpoints:
         accelerator = self.accelerator
         parameters = list(self.model.parameters())
         mine = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in parameters]
-        finite = torch.stack([torch.isfinite(part).all() for part in mine if part.numel()]).all()
+        finite = torch.stack([torch.isfinite(part).all() for part in mine]).all()
         if not accelerator.gather(finite[None]).all():  # all processes end together
             raise Stop(f"The weights are no longer finite after step {step}. {self.advise()}")
         unfinished = self.folder / "unfinished"
@@ -436,14 +436,6 @@ def interruptible(accelerator: Accelerator) -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, SIGTERM often all of a job: the one that trains decides, and its
-    readers end with it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def start(args: PretrainingArguments) -> Accelerator:
     """The processes, devices and trackers of the run."""
     report_to = args.report_to
@@ -582,7 +574,7 @@ def main(model_args: ModelArguments, data_args: DataArguments, args: Pretraining
         batch_size=args.per_device_batch_size,
         collate_fn=collate(flip=True, band_dropout=data_args.band_dropout),
         num_workers=data_args.num_workers,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_interrupts,
         pin_memory=accelerator.device.type == "cuda",
         drop_last=True,
     )

@@ -8,6 +8,7 @@ import torch
 
 from .augmentation_mapex import drop_bands, drop_modalities, layer_sizes, random_crop, random_flip
 from .image_processing_mapex import MapexBatchFeature, MapexImageProcessor, NoValidPixelError, combine_gsd
+from .shards_mapex import without_data
 
 
 _CROPS = 20  # draws of a crop with a valid pixel before a sample is given up
@@ -168,9 +169,7 @@ class MapexCollator:
         keeps_size = not (height % spec.get("patch_size", 1) or width % spec.get("patch_size", 1))
         # To find out fast, as nearly all have: of an image that is not resized the pixel in the middle will do.
         some = pixels[:, height // 2, width // 2] if keeps_size else pixels
-        # Python's numbers are compared in the precision of the pixels, numpy's in their own.
-        marked = any((some == value).any() for value in np.atleast_1d(sentinels).tolist())
-        if np.isfinite(some).all() and not marked and sensor["unit"] != "linear":
+        if sensor["unit"] != "linear" and not without_data(some, sentinels).any():
             return True
         try:
             self._process([{**sample, "images": {**dict.fromkeys(sample["images"]), name: pixels}}])
@@ -213,9 +212,8 @@ class MapexCollator:
         stacked = np.stack(values)
         if self.label_codes is not None:
             stacked = self._to_classes(stacked, samples)
-        stacked = stacked.astype(_label_dtype(values[0]))
+        stacked = stacked.astype(_label_dtype(values[0]) if self.label_nodata is None else np.float32)
         if self.label_nodata is not None:
-            stacked = stacked.astype(np.float32)
             stacked[stacked == np.float32(self.label_nodata)] = np.nan
         return torch.from_numpy(stacked)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .data_mapex import read_schema
-from .shards_mapex import Layer, Sample, ShardSchema, from_bytes, mask_names, shard_files
+from .shards_mapex import Layer, Sample, ShardSchema, from_bytes, mask_names, shard_files, without_data
 
 
 def describe_shards(source: str | os.PathLike, split: str = "train") -> dict[str, Any]:
@@ -109,10 +109,7 @@ def _check_row(schema: ShardSchema, row: dict[str, Any]) -> None:
         layers[name] = Layer(pixels, sample["crs"][name], sample["transform"][name], sample["gsd"][name])
         if not (sample["gsd"][name] or 0) > 0:
             raise ValueError(f"`{name}` has a gsd of {sample['gsd'][name]}")
-        holes = ~np.isfinite(pixels) if pixels.dtype.kind == "f" else np.zeros(pixels.shape, bool)
-        for value in np.atleast_1d(schema.modalities[name].get("nodata", [])).tolist():
-            holes |= pixels == value
-        if holes.all():
+        if without_data(pixels, schema.modalities[name].get("nodata")).all():
             raise ValueError(f"`{name}` has not one valid pixel: it should be stored as missing")
     labels = {name: value for name, value in sample["labels"].items() if value is not None}
     schema.encode(Sample(sample["id"], sample["place"], layers, labels))  # raises where it does not fit the schema

@@ -295,6 +295,15 @@ def check_number(names: Sequence[str], split: str, where: str) -> None:
         raise FileNotFoundError(f"The split `{split}` in {where} has {len(names)} of its {total} shards.")
 
 
+def without_data(pixels: np.ndarray, nodata: float | Sequence[float] | None = None) -> np.ndarray:
+    """Which values are none: NaN, infinities, and those that `nodata` names, in the precision of the pixels."""
+    holes = ~np.isfinite(pixels)
+    # Python's numbers are compared in the precision of the array, numpy's in their own.
+    for value in np.atleast_1d([] if nodata is None else nodata).tolist():
+        holes |= pixels == value
+    return holes
+
+
 def mask_names(spec: dict[str, Any]) -> dict[int, str]:
     """Code to name of a mask's classes: from a list, or from pairs of code and name."""
     names = spec.get("names") or []

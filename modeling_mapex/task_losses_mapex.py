@@ -23,12 +23,12 @@ def check_class_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type:
             raise ValueError("`labels` hold NaN or infinite values: leave such samples out.")
         if problem_type == "multi_label_classification" and not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError("`labels` of a multi-label classification must lie between 0 and 1.")
-    elif labels.ndim == 2 and num_labels > 1 and problem_type in (None, "single_label_classification"):
-        raise ValueError(
-            f"`labels` of several classes a sample, {tuple(labels.shape)}, are floats; or set `problem_type` of the "
-            'configuration to "multi_label_classification".'
-        )
-    elif labels.ndim == 1 and num_labels > 1 and problem_type in (None, "single_label_classification"):
+    elif num_labels > 1 and problem_type in (None, "single_label_classification"):
+        if labels.ndim == 2:
+            raise ValueError(
+                f"`labels` of several classes a sample, {tuple(labels.shape)}, are floats; or set `problem_type` of "
+                'the configuration to "multi_label_classification".'
+            )
         wrong = (labels < 0) | (labels >= num_labels)
         if wrong.any():
             raise ValueError(

@@ -164,8 +164,9 @@ def plot_samples(samples: list[dict[str, Any]], labels: dict[str, dict[str, Any]
     for column, name in zip(axes.T, columns):
         layers = [sample["labels"].get(name) if name in maps else sample["images"][name] for sample in samples]
         mask = name in maps and labels[name]["kind"] == "mask"
-        there = [layer.ravel() for layer in layers if layer is not None and mask]
-        codes = np.unique(np.concatenate(there or [[0]]))
+        codes = []
+        if mask:
+            codes = np.unique(np.concatenate([layer.ravel() for layer in layers if layer is not None] or [[0]]))
         for axis, layer, sample in zip(column, layers, samples):
             axis.set_xticks([])
             axis.set_yticks([])

@@ -107,20 +107,15 @@ def write_shards(
     if overwrite and not resume:
         shutil.rmtree(partial, ignore_errors=True)
     fresh = not partial.exists()
-    partial.mkdir(parents=True, exist_ok=True)
     spans = [(0, len(items), None)]
+    if resume:
+        if not fresh:
+            _take_back(output, split, partial)
+        spans = _plan(items, finished if fresh else sorted(partial.glob("*.parquet")), schema)
+    partial.mkdir(parents=True, exist_ok=True)
     if resume and fresh:
         for index, path in enumerate(finished):
             _link(path, partial / f"{index:05d}.parquet")
-    elif resume:
-        _take_back(output, split, partial)
-    if resume:
-        try:
-            spans = _plan(items, partial, schema)
-        except ValueError:
-            if fresh:  # links to shards that stay as they are
-                shutil.rmtree(partial)
-            raise
 
     writer = _ShardWriter(partial, schema, shard_bytes)
     reused, failures, written = 0, [], 0
@@ -199,12 +194,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _plan(items: Sequence[Item], partial: Path, schema: ShardSchema) -> list[tuple[int, int, int | None]]:
+def _plan(items: Sequence[Item], shards: list[Path], schema: ShardSchema) -> list[tuple[int, int, int | None]]:
     """Spans of items, in order: `(begin, end, number of samples)` for a complete shard, `None` for one to read."""
     import pyarrow.parquet as pq
 
     spans, position = [], 0
-    for path in sorted(partial.glob("*.parquet")):
+    for path in shards:
         metadata = pq.read_metadata(path)
         found = ShardSchema.from_arrow(metadata.schema.to_arrow_schema(), str(path))
         made_of = json.loads(metadata.metadata[_ITEMS_KEY])
